@@ -307,7 +307,7 @@ def guard_output(*values: str) -> None:
 # Why not http.server's and http.client's own: they take bare LF, NUL, folded lines, two lengths, and `//v1` for `/v1`;
 # and cost 42-55 us for 16 headers, each way. This costs about 6.
 
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/1\.([01])")
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 # One line a match. Blanks around the value are cut in Python: as part of the pattern they would make a line of blanks
 # with a control character at its end take quadratic time.
@@ -566,7 +566,8 @@ def check_query(query: str) -> None:
 
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]*"
 TAKEN: dict[str, str] = {}              # variables taken out of os.environ, so that no child gets them
-RUNNING: set[Popen] = set()
+RUNNING: set[Popen] = set()             # secret commands
+SPAWNING, ENDING = threading.Lock(), threading.Event()      # so that none is overlooked, or started, at our own end
 COMMAND_OUTPUT_LIMIT = 64 * KIB
 
 
@@ -641,11 +642,14 @@ def secret_from_command(argv: list[str], folder: str, timeout_seconds: float, ca
     """Runs it without a shell, without input, in a session of its own, so that it can be ended with its children."""
     import subprocess
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   cwd=folder, start_new_session=True)
+        with SPAWNING:
+            if ENDING.is_set():
+                raise SecretUnavailable("the broker ends")
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       cwd=folder, start_new_session=True)
+            RUNNING.add(process)
     except (OSError, ValueError) as error:
         raise SecretUnavailable(f"{argv[0]} can't be run: {getattr(error, 'strerror', error)}") from None
-    RUNNING.add(process)
     said = [bytearray(), bytearray()]
 
     def read(pipe: Any, data: bytearray) -> None:
@@ -661,10 +665,8 @@ def secret_from_command(argv: list[str], folder: str, timeout_seconds: float, ca
         process.wait(timeout_seconds)
         for thread in threads:
             thread.join(1)              # not for ever: a child that it left behind may hold the pipe open
-    except BaseException as error:
+    except subprocess.TimeoutExpired:
         kill_command(process)
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
         raise SecretUnavailable(f"{argv[0]} gave no answer within {timeout_seconds:g} seconds (timeout_seconds): is it "
                                 "waiting for you to unlock something?") from None
     finally:
@@ -686,6 +688,13 @@ def kill_command(process: Popen) -> None:
     except OSError:
         pass
     process.wait()
+
+
+def kill_running_commands() -> None:
+    with SPAWNING:
+        ENDING.set()
+    for process in list(RUNNING):
+        kill_command(process)
 
 
 def mask(text: str) -> str:
@@ -1649,6 +1658,7 @@ class SecretCache:
         self.run: Future | None = None
         self.failure = SecretUnavailable("")
         self.fresh_until = self.failed_until = self.rejected_until = 0.0
+        self.serving = False            # before that a failure ends the start, which says it
         self.renewed_at = -float("inf")
 
     def adopt(self, secret: Secret | None) -> None:
@@ -1688,7 +1698,8 @@ class SecretCache:
         except Exception as failure:
             self.failure = failure if isinstance(failure, SecretUnavailable) else SecretUnavailable(type(failure).__name__)
             self.failed_until = time.monotonic() + FAILURE_SECONDS
-            say(f"broker: the secret is not available: {self.failure}")
+            if self.serving:
+                say(f"broker: the secret is not available: {self.failure}")
 
     async def renew(self, used: Secret) -> Secret:
         """For a secret that was rejected: another one if the source has one by now, else the same."""
@@ -1734,8 +1745,11 @@ def protocol_error(reason: object) -> RequestError:
     return RequestError("upstream_protocol_error", f"the provider's answer is not proper HTTP: {reason}")
 
 
-# What may come while a body is still being sent without ending it: nothing, 100 (Continue), 103; maybe its beginning only.
-INTERIM = re.compile(rb"(?:HTTP/1\.[01] 1\d\d[^\n]*\r\n(?:[^\r\n]+\r\n)*\r\n)*(?:HTTP/1\.[01] 1.*)?", re.S)
+def only_interim(data: bytes) -> bool:
+    """Whether what came while a body is still being sent are interim answers (100, 103) alone, maybe one not yet whole."""
+    heads = data.split(b"\r\n\r\n")
+    return len(data) <= UPSTREAM_HEAD_LIMIT and len(heads) <= INTERIM_LIMIT + 1 and all(
+        b"HTTP/1.1 1".startswith(head[:10]) or b"HTTP/1.0 1".startswith(head[:10]) for head in heads)
 
 
 class Stale(Exception):
@@ -1791,7 +1805,7 @@ class Upstream:
                     if count < len(view) and await channel.wait(READ | WRITE, time.monotonic() + silence) & READ:
                         said = channel.recv_now()
                         channel.buffer += said or b""
-                        if said == b"" or not INTERIM.fullmatch(channel.buffer):
+                        if said == b"" or not only_interim(channel.buffer):
                             return False
                 except TimeoutError:
                     raise
@@ -1922,6 +1936,8 @@ class Upstream:
             self.context.minimum_version = ssl.TLSVersion.TLSv1_2
             self.context.load_default_certs()
             self.context.set_alpn_protocols(["http/1.1"])
+            # Python sets it: with OpenSSL 3 an answer that was cut off would read as a complete one.
+            self.context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
         try:
             await channel.start_tls(self.context, self.config.host.strip("[]"), deadline)
         except TimeoutError:
@@ -1978,7 +1994,8 @@ async def receive_answer(channel: Channel, method: str, timeout: float) -> Answe
             break
         if head.status >= 200:
             answer = Answer(channel, head, method, timeout)
-            if not answer.has_no_body and head.fields.get("content-encoding", "identity").lower() != "identity":
+            coding = "several" if "content-encoding" in head.repeated else head.fields.get("content-encoding", "identity")
+            if not answer.has_no_body and coding.lower() != "identity":
                 raise protocol_error("its body is compressed although identity was asked for")
             return answer
     raise protocol_error("it switches protocols, or sends too many interim answers")
@@ -2310,7 +2327,9 @@ class Connection:
     async def answer(self, exchange: Exchange, status: int, kind: str, pieces: list[bytes], headers: str = "") -> bool:
         """Sends an answer of our own; several pieces go out one by one. True if the connection goes on."""
         head = exchange.head
-        keep = head is not None and head.keep_alive and not exchange.unread and not self.broker.stopping
+        # A stranger's connection ends with its refusal: the answer is the same for all of them.
+        known = exchange.caller is not None or status == 200
+        keep = known and head is not None and head.keep_alive and not exchange.unread and not self.broker.stopping
         exchange.status, exchange.ttfb = status, exchange.milliseconds()
         start = (f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: {kind}\r\nDate: "
                  f"{http_date(int(time.time()))}\r\nContent-Length: {sum(map(len, pieces))}\r\n{headers}"
@@ -2320,7 +2339,7 @@ class Connection:
         await self.send(start + b"".join(pieces[:1]))
         for piece in pieces[1:]:
             await self.send(piece)
-        if exchange.unread or head is None:
+        if exchange.unread or not known:
             await self.drain(exchange)
         return keep
 
@@ -2469,27 +2488,27 @@ class Broker:
         self.url = f"http://127.0.0.1:{config.listen_port}"
         self.connections: set[Connection] = set()
         self.waiting: dict[Connection, None] = {}   # without a request past the caller check, the longest so first
-        self.in_flight = self.buffered = 0
+        self.in_flight = self.buffered = self.most_buffered = 0
         self.denials: dict[str, list[float]] = {}   # code -> [minute's begin, written, suppressed]
         self.stopping = False
 
     def set_token(self, token: str | None) -> None:
-        self.token = token
+        self.token = self.next_token = token    # the next one: while a reload is under way
         self.callers = [Caller("default", None if token is None else digest(token))]
 
     def learn(self, secret: Secret) -> None:
         """A new secret: hidden everywhere from now on. Raises SecretUnavailable if it is the caller token too."""
-        if self.token is not None and same(Secret(self.token), secret):
+        if any(token is not None and same(Secret(token), secret) for token in (self.token, self.next_token)):
             raise SecretUnavailable("it equals the caller token: give the callers a token of their own, see --new-token")
         if secret.reveal() not in self.redactor.secrets:
             self.redactor = Redactor((*self.redactor.secrets[-7:], secret.reveal()))
             guard_output(secret.reveal())
 
-    def open(self) -> None:
-        """Takes the port; connections wait in its queue until the loop runs. Raises OperationalError."""
+    def open(self) -> Listener:
+        """Takes the port; connections wait in its queue until they are accepted. Raises OperationalError."""
         self.listener = Listener(self, self.config.listen_port)
         self.url = f"http://127.0.0.1:{self.listener.port}"
-        self.listener.accepting(True)
+        return self.listener
 
     def accept(self, sock: socket.socket) -> None:
         if len(self.connections) >= 4 * self.config.max_concurrent:
@@ -2520,11 +2539,15 @@ class Broker:
         if self.buffered + size > BUFFERED_LIMIT:
             raise too_many(f"the bodies of all requests together are over {BUFFERED_LIMIT // MIB} MiB")
         self.buffered += size
+        self.most_buffered = max(self.most_buffered, self.buffered)
         exchange.reserved += size
 
     def release(self, exchange: Exchange, connection: Connection) -> None:
         self.in_flight -= exchange.in_flight
         self.buffered -= exchange.reserved
+        if self.most_buffered > 4 * MIB and not self.buffered:
+            self.most_buffered = 0
+            self.loop.after(1, trim_memory)
         self.waiting.setdefault(connection)
 
     def log_denied(self, exchange: Exchange, error: RequestError) -> None:
@@ -2584,15 +2607,17 @@ class Broker:
             new = load_config(old.file, old.dry_run, old.listen_port)
             check_files(new)
             token = own_token or caller_token(new) or (self.token if new.client_token_env and old.dry_run else None)
+            self.next_token = token
             if not old.dry_run:
                 self.secrets.failed_until = 0.0
-                secret = await self.secrets.resolve()
-                if token is not None and same(Secret(token), secret):
-                    raise ConfigError(f'{new.file}: "client_token_env": the caller token equals the secret')
+                await self.secrets.resolve()
         except (ConfigError, SecretUnavailable) as error:
+            self.next_token = self.token
             what = "the secret is not available: " if isinstance(error, SecretUnavailable) else ""
             return say(f"broker: reload: nothing was changed: {what}{error}")
-        kept = old.upstream._replace(auth_scheme=new.upstream.auth_scheme, extra_headers=new.upstream.extra_headers)
+        kept = old.upstream._replace(extra_headers=new.upstream.extra_headers)
+        if new.upstream.auth_header == old.upstream.auth_header:
+            kept = kept._replace(auth_scheme=new.upstream.auth_scheme)      # else it belongs to the other header
         self.config = new._replace(raw=old.raw, dry_run=old.dry_run, upstream=kept, event_log=old.event_log)
         self.set_token(token)
         waits = [key for key in AFTER_RESTART if old.raw.get(key, KEYS[key][0]) != new.raw.get(key, KEYS[key][0])]
@@ -2635,7 +2660,7 @@ def guard_process() -> str:
 
 
 def trim_memory() -> None:
-    """Gives back what compiling this file took: some 5 MB that glibc would keep."""
+    """Gives back what glibc would keep: after compiling this file 5 MB, after many long bodies 80 MB."""
     if sys.platform == "linux":
         import ctypes
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
@@ -2663,11 +2688,11 @@ def check_files(config: Config) -> list[str]:
     return warnings
 
 
-def caller_token(config: Config) -> str | None:
+def caller_token(config: Config, required: bool = True) -> str | None:
     """The token that callers must show; None where there is none. Raises ConfigError."""
     name = config.client_token_env
     token = take_variable(name) if name is not None else None
-    if name is None or (not token and config.dry_run):
+    if name is None or (not token and (config.dry_run or not required)):
         return None
     where = f'{config.file}: "client_token_env" names {name}, '
     if not token:
@@ -2710,8 +2735,7 @@ class Signals:
         self.count += 1
         if self.count == 1:
             return broker.stop()
-        for process in list(RUNNING):
-            kill_command(process)
+        kill_running_commands()
         os._exit(128 + number)
 
 
@@ -2747,7 +2771,8 @@ def start_command(argv: list[str], broker: Broker, token: str) -> Popen:
     if re.fullmatch(r"claude(\.\w+)?", os.path.basename(argv[0])):
         environment.pop("ANTHROPIC_API_KEY", None)      # it would ask about it at every start
     for name in ("NO_PROXY", "no_proxy"):
-        environment[name] = ",".join(filter(None, (environment.get(name), "127.0.0.1,localhost")))
+        if environment.get(name) != "*":
+            environment[name] = ",".join(filter(None, (environment.get(name), "127.0.0.1,localhost")))
     import subprocess
 
     def as_inherited() -> None:
@@ -2770,7 +2795,7 @@ def prepare(config: Config, loop: Loop, own_token: bool) -> Started:
     """All that can fail before the port is taken, in the order in which a user can mend it."""
     warnings = check_files(config)
     unguarded = guard_process()
-    token = caller_token(config)
+    token = caller_token(config, required=not own_token)
     value = take_variable(config.upstream.source.variable or "")
     if value:
         guard_output(value.rstrip("\r\n"))
@@ -2796,14 +2821,27 @@ def unavailable(config: Config, error: SecretUnavailable) -> OperationalError:
     return OperationalError(f'{config.file}: "secret_source": the secret is not available: {error}')
 
 
-def resolve_at_start(broker: Broker) -> None:
-    """So that a vault asks now, and not in the middle of the work. Raises OperationalError."""
-    if broker.config.dry_run:
-        return
-    try:
-        broker.secrets.adopt(broker.secrets.source.resolve())
-    except SecretUnavailable as error:
-        raise unavailable(broker.config, error) from None
+def resolve_at_start(broker: Broker, signals: Signals) -> None:
+    """So that a vault asks now, and not in the middle of the work. Raises OperationalError, and KeyboardInterrupt."""
+    loop, outcome = broker.loop, []     # type: Loop, list[Any]
+
+    async def resolve() -> None:
+        try:
+            await broker.secrets.resolve()
+        except SecretUnavailable as error:
+            outcome.append(unavailable(broker.config, error))
+        loop.stopped = True
+
+    def interrupt(number: int) -> None:
+        outcome.append(KeyboardInterrupt(number))
+        loop.stopped = True
+    if not broker.config.dry_run:
+        signals.on(interrupt, "SIGINT", "SIGTERM", "SIGBREAK")
+        loop.spawn(resolve())
+        loop.run()
+        if outcome:
+            raise outcome[0]
+        loop.stopped, broker.secrets.serving = False, True
 
 
 def proxy_warnings(config: Config, token: str | None) -> Iterable[str]:
@@ -2869,10 +2907,10 @@ def serve(config: Config, command: list[str]) -> int:
     signals = Signals(loop)
     started = prepare(config, loop, own_token=bool(command))
     broker = started.broker
-    broker.open()
+    listener = broker.open()
     try:
         broker.log.open()
-        resolve_at_start(broker)
+        resolve_at_start(broker, signals)
         broker.log.append("start", mode=config.mode, version=__version__, listen=broker.url)
     except OSError as error:
         raise OperationalError(f'{config.file}: "event_log": {config.event_log} can\'t be written ({error.strerror}): make its '
@@ -2881,6 +2919,7 @@ def serve(config: Config, command: list[str]) -> int:
     signals.on(lambda number: loop.spawn(broker.reload(broker.token if command else None)), "SIGHUP")
     code = 0
     trim_memory()
+    listener.accepting(True)
     if command:
         code = run_command(command, broker, signals)
     else:
@@ -2914,13 +2953,15 @@ def run_command(command: list[str], broker: Broker, signals: Signals) -> int:
 
 def check(config: Config) -> int:
     """--check: all that a start does, but for the port and files; says it in plain words."""
-    started = prepare(config, Loop(), own_token=False)
+    loop = Loop()
+    signals = Signals(loop)
+    started = prepare(config, loop, own_token=False)
     broker, variable = started.broker, config.client_token_env
     try:
         broker.log.check()
     except OSError as error:
         raise OperationalError(f'{config.file}: "event_log": {config.event_log} can\'t be written: {error.strerror}') from None
-    resolve_at_start(broker)
+    resolve_at_start(broker, signals)
     token = ("none: any program on this machine may use the key" if variable is None else
              "a random one for each run" if started.token_is_random else f"from environment variable {variable}")
     for line in (f"{config.file} is valid", *describe(broker), f"listens on: {broker.url}", f"caller token: {token}",
@@ -3050,6 +3091,7 @@ def parse_arguments(argv: list[str]) -> tuple[Any, list[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code. Every failure is one line on stderr."""
     options, command = parse_arguments(sys.argv[1:] if argv is None else argv)
+    ENDING.clear()
     try:
         if options.new_token:
             print(new_token())
@@ -3074,9 +3116,11 @@ def main(argv: list[str] | None = None) -> int:
         report_bug(bug)
         return 1
     finally:
-        for process in list(RUNNING):
-            kill_command(process)
+        kill_running_commands()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # CPython keeps a script's syntax tree, some 6 MB for this one, for as long as the script runs; but it has let it go
+    # when it calls the hook for an uncaught exception. So the program runs there, and idles at two thirds of the memory.
+    sys.excepthook = lambda *_: sys.exit(main())
+    raise RuntimeError("the program runs in the hook")
