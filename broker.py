@@ -47,6 +47,7 @@ import heapq
 import hmac
 import html
 import http.server
+import itertools
 import json
 import re
 import selectors
@@ -87,7 +88,7 @@ DRAIN_STRANGER = 1, 64 * KIB            # how long and how much of a refused bod
 DRAIN_CALLER_SECONDS = 10
 UPSTREAM_HEAD_LIMIT, INTERIM_LIMIT = 256 * KIB, 8
 UPSTREAM_CONNECT_SECONDS, UPSTREAM_IDLE_CONNECTIONS = 10, 64
-RECEIVE_BYTES = 64 * KIB
+RECEIVE_BYTES = 256 * KIB
 USAGE_LIMIT = MIB                       # the longest JSON text in which `usage` is looked for
 GRACE_SECONDS = 30
 FAILURE_SECONDS, RENEWAL_SECONDS = 5, 60    # a failed secret is not asked for again; a rejected one resolved anew
@@ -132,12 +133,13 @@ ANSWER_DROPPED = re.compile(
 ANSWER_FIXED = ("X-Content-Type-Options: nosniff\r\nCross-Origin-Resource-Policy: same-origin\r\n"
                 "Content-Security-Policy: default-src 'none'; sandbox\r\n")
 TOKEN_HEADERS = ("x-broker-token", "authorization", "x-api-key", "api-key", "x-goog-api-key")
+NONE: frozenset[str] = frozenset()
 HEALTH_PATHS = ("/healthz", "/")
 JSON_TYPE = "application/json"
 
 
 @functools.lru_cache(maxsize=1024)
-def is_dropped(name: str, table: re.Pattern[str], own: frozenset[str] = frozenset()) -> bool:
+def is_dropped(name: str, table: re.Pattern[str], own: frozenset[str]) -> bool:
     """Whether a header is in one of the two tables, or in `own`. Cached: callers use few names, often."""
     plain = name.lower().replace("_", "-")
     # A framing header in another spelling is read as the real one by some servers.
@@ -307,8 +309,8 @@ def guard_output(*values: str) -> None:
 # Why not http.server's and http.client's own: they take bare LF, NUL, folded lines, two lengths, and `//v1` for `/v1`;
 # and cost 42-55 us for 16 headers, each way. This costs about 6.
 
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
-STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
+REQUEST_LINE = re.compile(rf"(?P<method>{TOKEN}) (?P<target>[\x21-\x7e\x80-\xff]+) HTTP/1\.(?P<minor>[01])")
+STATUS_LINE = re.compile(r"HTTP/1\.(?P<minor>[01]) (?P<status>[1-5][0-9]{2})(?: (?P<reason>[\t\x20-\x7e\x80-\xff]*))?")
 # One line a match. Blanks around the value are cut in Python: as part of the pattern they would make a line of blanks
 # with a control character at its end take quadratic time.
 HEADER_LINE = re.compile(rf"^({TOKEN}):([\t\x20-\x7e\x80-\xff]*)\r\n", re.M)
@@ -327,9 +329,14 @@ class TooLong(Malformed):
 
 
 class Head(NamedTuple):
-    """The head of a request or an answer, as it came."""
-    line: tuple[str, ...]               # method, target, HTTP/1.minor; or minor, status, reason
-    minor: int
+    """The head of a request or an answer, as it came; what only the other one has is empty."""
+    method: str
+    target: str
+    path: str
+    query: str
+    status: int
+    reason: str
+    minor: int                          # HTTP/1.minor
     headers: list[tuple[str, str]]
     fields: dict[str, str]              # the first value for each lower-case name
     repeated: frozenset[str]            # names that came more than once
@@ -338,24 +345,8 @@ class Head(NamedTuple):
     raw: bytes
 
     @property
-    def method(self) -> str:
-        return self.line[0]
-
-    @property
-    def path(self) -> str:
-        return self.line[1].partition("?")[0]
-
-    @property
-    def query(self) -> str:
-        return self.line[1].partition("?")[2]
-
-    @property
-    def status(self) -> int:
-        return int(self.line[1])
-
-    @property
     def keep_alive(self) -> bool:
-        connection = words(self.fields.get("connection", ""))
+        connection = words(self.fields["connection"]) if "connection" in self.fields else []
         return "close" not in connection if self.minor else "keep-alive" in connection
 
 
@@ -364,7 +355,7 @@ def words(value: str) -> list[str]:
     return [word.strip().lower() for word in value.split(",")]
 
 
-def parse_head(raw: bytes, first_line: re.Pattern[str], minor_at: int) -> Head:
+def parse_head(raw: bytes, first_line: re.Pattern[str]) -> Head:
     """A whole head, its empty line included. Raises Malformed. Attack: two readings of where a message ends."""
     first, _, rest = raw[:-2].decode("latin-1").partition("\r\n")
     line, headers = first_line.fullmatch(first), HEADER_LINE.findall(rest)
@@ -379,19 +370,22 @@ def parse_head(raw: bytes, first_line: re.Pattern[str], minor_at: int) -> Head:
             fields[name] += f", {headers[at][1]}" if name == "connection" else ""
         else:
             fields[name] = headers[at][1]
-    minor, coding, length = int(line[minor_at]), fields.get("transfer-encoding"), fields.get("content-length")
+    parts = line.groupdict()
+    minor, coding, length = int(parts["minor"]), fields.get("transfer-encoding"), fields.get("content-length")
     if coding is not None and (length is not None or coding.lower() != "chunked" or "transfer-encoding" in repeated
                                or not minor):
         raise Malformed("its Transfer-Encoding is not exactly `chunked`, once, with HTTP/1.1, without a Content-Length")
     if length is not None and ("content-length" in repeated or not re.fullmatch("[0-9]{1,18}", length)):
         raise Malformed("its Content-Length is not one plain number")
-    return Head(line.groups(), minor, headers, fields, frozenset(repeated), None if length is None else int(length),
-                coding is not None, raw)
+    target = parts.get("target", "")
+    path, _, query = target.partition("?")
+    return Head(parts.get("method", ""), target, path, query, int(parts.get("status", 0)), parts.get("reason") or "", minor,
+                headers, fields, frozenset(repeated), None if length is None else int(length), coding is not None, raw)
 
 
 def parse_request(raw: bytes) -> Head:
     """Raises Malformed."""
-    head = parse_head(raw, REQUEST_LINE, 3)
+    head = parse_head(raw, REQUEST_LINE)
     if len(head.headers) > HEADER_COUNT_LIMIT:
         raise TooLong(f"it has more than {HEADER_COUNT_LIMIT} headers")
     if len(head.path) > PATH_LIMIT or not PATH.fullmatch(head.path):
@@ -747,6 +741,7 @@ class UpstreamConfig(NamedTuple):
     auth_scheme: str
     extra_headers: dict[str, str]
     source: SecretSource
+    own_headers: frozenset[str]         # names that only the broker sets, as `is_dropped` reads them
 
     @property
     def authority(self) -> str:
@@ -759,11 +754,6 @@ class UpstreamConfig(NamedTuple):
     @property
     def is_loopback(self) -> bool:
         return LOOPBACK.fullmatch(self.host) is not None
-
-    @property
-    def own_headers(self) -> frozenset[str]:
-        """Names that only the broker sets, as `is_dropped` reads them."""
-        return frozenset(name.lower().replace("_", "-") for name in (self.auth_header, *self.extra_headers))
 
     def describe_credential(self) -> str:
         if self.source.kind == "none":
@@ -878,8 +868,8 @@ def check_allowed_hosts(value: Any) -> frozenset[str]:
 
 
 def check_token_variable(value: Any) -> Any:
-    return value and text(VARIABLE, "the name of an environment variable, or null, written out, for no caller token at all")(
-        value if value != "" else None)
+    name = text(VARIABLE, "the name of an environment variable, or null, written out, for no caller token at all")
+    return None if value is None else name(value)
 
 
 REQUIRED = object()
@@ -962,8 +952,9 @@ def load_config(file: str, dry_run: bool = False, port: int | None = None) -> Co
     try:
         values = check_members({"client_token_env": DEFAULT_TOKEN_VARIABLE, **raw} if dry_run else raw, KEYS)
         secure, host, upstream_port, path = values["upstream_base_url"]
+        own = frozenset(name.lower().replace("_", "-") for name in (values["auth_header"], *values["extra_headers"]))
         upstream = UpstreamConfig(secure, host, upstream_port, path, values["auth_header"], values["auth_scheme"],
-                                  values["extra_headers"], values["secret_source"])
+                                  values["extra_headers"], values["secret_source"], own)
         config = Config(file, raw, values["listen_port"] if port is None else port, dry_run, upstream,
                         values["allowed_paths"], values["client_token_env"], values["allowed_hosts"],
                         values["max_request_bytes"], values["upstream_timeout_seconds"], values["max_concurrent_requests"],
@@ -984,7 +975,7 @@ def check_together(config: Config) -> None:
                          "a variable that holds a caller token")
     if config.client_token_env is not None and config.client_token_env == upstream.source.variable:
         raise ValueError('"client_token_env" names the secret\'s own variable: a caller token is another value, see --new-token')
-    if upstream.auth_header.lower() in map(str.lower, upstream.extra_headers):
+    if upstream.auth_header.lower().replace("_", "-") in (name.lower().replace("_", "-") for name in upstream.extra_headers):
         raise ValueError('"extra_headers" has the name of "auth_header": leave it out there')
 
 
@@ -994,11 +985,11 @@ def check_together(config: Config) -> None:
 # To add a field: its name in EVENT_FIELDS; an unlisted field is a programming error.
 
 EVENT_FIELDS = {
-    "start": ("mode", "version", "listen"), "stop": ("mode", "version", "listen"), "reload": ("mode", "version", "listen"),
-    "request": ("id", "client", "method", "path", "mode", "model", "stream", "request_bytes"),
-    "response": ("id", "status", "outcome", "response_bytes", "ttfb_ms", "duration_ms", "usage", "upstream_request_id",
-                 "attempt"),
-    "denied": ("id", "status", "reason", "method", "path", "suppressed"),
+    "start": {"mode", "version", "listen"}, "stop": {"mode", "version", "listen"}, "reload": {"mode", "version", "listen"},
+    "request": {"id", "client", "method", "path", "mode", "model", "stream", "request_bytes"},
+    "response": {"id", "status", "outcome", "response_bytes", "ttfb_ms", "duration_ms", "usage", "upstream_request_id",
+                 "attempt"},
+    "denied": {"id", "status", "reason", "method", "path", "suppressed"},
 }
 encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -1053,7 +1044,7 @@ class EventLog:
 
     def append(self, event: str, **fields: Any) -> None:
         """Writes one line; the secret and the tokens are redacted in it."""
-        if not fields.keys() <= set(EVENT_FIELDS[event]):
+        if not fields.keys() <= EVENT_FIELDS[event]:
             raise KeyError(event)
         now = time.time()
         line = encode_json({"time": f"{utc(int(now))}.{int(now * 1000) % 1000:03d}Z", "event": event, **fields})
@@ -1228,8 +1219,8 @@ def response(dry: Dry) -> Json:
     whole = {"id": "resp_dryrun", "object": "response", "created_at": int(time.time()), "status": "completed", "error": None,
              "incomplete_details": None, "instructions": None, "metadata": {}, "model": dry.model, "output": [item],
              "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
-             "usage": {"input_tokens": 0, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": count,
-                       "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": count}}
+             "usage": {"input_tokens": 0, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                       "output_tokens": count, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": count}}
     if not dry.stream:
         return whole
     begun = {**whole, "status": "in_progress", "output": [], "usage": None}
@@ -1279,7 +1270,8 @@ def embeddings(dry: Dry) -> Json:
 def models(dry: Dry) -> Json:
     """One path, two providers: Anthropic's SDK always sends anthropic-version."""
     if "anthropic-version" in dry.head.fields:
-        model = {"type": "model", "id": "dry-run", "display_name": dry.text, "created_at": "2026-01-01T00:00:00Z"}
+        model = {"type": "model", "id": "dry-run", "display_name": dry.text, "created_at": "2026-01-01T00:00:00Z",
+                 "lifecycle": "active"}
         return {"data": [model], "has_more": False, "first_id": "dry-run", "last_id": "dry-run"}
     return {"object": "list", "data": [{"id": "dry-run", "object": "model", "created": 0, "owned_by": dry.text}]}
 
@@ -1730,7 +1722,7 @@ def outbound_head(head: Head, size: int, upstream: UpstreamConfig, secret: Secre
     own = upstream.own_headers
     if "connection" in head.fields:
         own = own.union(words(head.fields["connection"].replace("_", "-"))) - {"content-type"}
-    lines = [f"{head.method} {upstream.path}{head.line[1]} HTTP/1.1\r\nHost: {upstream.authority}\r\n"]
+    lines = [f"{head.method} {upstream.path}{head.target} HTTP/1.1\r\nHost: {upstream.authority}\r\n"]
     lines += [f"{name}: {value}\r\n" for name, value in head.headers if not is_dropped(name, REQUEST_DROPPED, own)]
     if size or head.method in ("POST", "PUT", "PATCH"):
         lines.append(f"Content-Length: {size}\r\n")
@@ -1922,7 +1914,7 @@ class Upstream:
         target = f"{self.config.host}:{self.config.port}"
         await channel.send(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{authorization}\r\n".encode(), deadline)
         try:
-            head = parse_head(await read_head(channel, deadline, UPSTREAM_HEAD_LIMIT), STATUS_LINE, 1)
+            head = parse_head(await read_head(channel, deadline, UPSTREAM_HEAD_LIMIT), STATUS_LINE)
         except (Malformed, EOFError):
             raise OSError(0, "the proxy gave no proper answer to CONNECT") from None
         if not 200 <= head.status < 300 or channel.buffer:
@@ -1980,7 +1972,7 @@ async def receive_answer(channel: Channel, method: str, timeout: float) -> Answe
     deadline, limit = time.monotonic() + timeout, UPSTREAM_HEAD_LIMIT
     for _ in range(INTERIM_LIMIT + 1):
         try:
-            head = parse_head(await read_head(channel, deadline, limit), STATUS_LINE, 1)
+            head = parse_head(await read_head(channel, deadline, limit), STATUS_LINE)
         except TimeoutError:
             raise
         except Malformed as error:
@@ -2008,7 +2000,14 @@ class Answer:
         self.channel, self.head, self.timeout, self.status = channel, head, timeout, head.status
         self.has_no_body = method == "HEAD" or head.status in (204, 304)
         self.body = Body(0 if self.has_no_body else head.length, head.chunked and not self.has_no_body, strict=False)
+        self.announced_length = head.length if head.status != 204 else None
         self.reusable = head.keep_alive
+
+    def end_to_end_lines(self) -> bytes:
+        """Status line and headers as they may go on to the caller."""
+        named = frozenset(words(self.head.fields["connection"].replace("_", "-"))) if "connection" in self.head.fields else NONE
+        lines = [f"{name}: {value}\r\n" for name, value in self.head.headers if not is_dropped(name, ANSWER_DROPPED, named)]
+        return f"HTTP/1.1 {self.status} {self.head.reason}\r\n{''.join(lines)}".encode("latin-1")
 
     def ready(self) -> bytes:
         """The body's bytes that have come. Raises RequestError."""
@@ -2047,11 +2046,14 @@ class Answer:
 # 13. A caller's connection: the map, executed. Order is policy, so it stands here as plain lines.
 
 
+RUN_ID, COUNTER = os.urandom(6).hex(), itertools.count(1)    # an id tells requests apart, it guards nothing
+
+
 class Exchange:
     """One request and its answer: id, clock, and what the event log will say of it."""
 
     def __init__(self, log: EventLog) -> None:
-        self.log, self.id, self.began = log, os.urandom(8).hex(), time.monotonic()
+        self.log, self.id, self.began = log, f"{RUN_ID}{next(COUNTER):08x}", time.monotonic()
         self.head: Head | None = None
         self.caller: Caller | None = None
         self.unread: Body | None = None     # of the request, what is still to come
@@ -2295,16 +2297,10 @@ class Connection:
             whole = answer.body.done
             keep = head.keep_alive and not self.broker.stopping and (whole or head.minor == 1)
             chunked = not whole and head.minor == 1
-            lines = [f"HTTP/1.1 {answer.status} {answer.head.line[2] or ''}\r\n"]
-            named = words(fields["connection"]) if "connection" in fields else ()
-            lines += [f"{name}: {value}\r\n" for name, value in answer.head.headers
-                      if not is_dropped(name, ANSWER_DROPPED) and name.lower() not in named]
-            text = redactor.clean("".join(lines).encode("latin-1")).decode("latin-1")
-            if answer.has_no_body:
-                text += f"Content-Length: {answer.head.length}\r\n" if answer.head.length is not None and answer.status != 204 else ""
-            elif whole or chunked:
-                text += f"Content-Length: {len(data)}\r\n" if whole else "Transfer-Encoding: chunked\r\n"
-            start = (text + own_lines(exchange.id, keep, head) + "\r\n").encode("latin-1")
+            length = answer.announced_length if answer.has_no_body else len(data) if whole else None
+            framing = "" if length is None else f"Content-Length: {length}\r\n"
+            framing = "Transfer-Encoding: chunked\r\n" if chunked else framing
+            start = (redactor.clean(answer.end_to_end_lines()) + f"{framing}{own_lines(exchange.id, keep, head)}\r\n".encode())
             exchange.status, exchange.ttfb = answer.status, exchange.milliseconds()
             while True:
                 usage.feed(data)
@@ -2606,21 +2602,23 @@ class Broker:
         try:
             new = load_config(old.file, old.dry_run, old.listen_port)
             check_files(new)
+            waits = [key for key in AFTER_RESTART if old.raw.get(key, KEYS[key][0]) != new.raw.get(key, KEYS[key][0])]
+            upstream = old.upstream._replace(
+                extra_headers=new.upstream.extra_headers, own_headers=old.upstream.own_headers | new.upstream.own_headers,
+                auth_scheme=(old if "auth_header" in waits else new).upstream.auth_scheme)      # it belongs to its header
+            new = new._replace(raw=old.raw, dry_run=old.dry_run, upstream=upstream, event_log=old.event_log)
+            check_together(new)
             token = own_token or caller_token(new) or (self.token if new.client_token_env and old.dry_run else None)
             self.next_token = token
             if not old.dry_run:
                 self.secrets.failed_until = 0.0
                 await self.secrets.resolve()
-        except (ConfigError, SecretUnavailable) as error:
+        except (ConfigError, SecretUnavailable, ValueError) as error:
             self.next_token = self.token
             what = "the secret is not available: " if isinstance(error, SecretUnavailable) else ""
             return say(f"broker: reload: nothing was changed: {what}{error}")
-        kept = old.upstream._replace(extra_headers=new.upstream.extra_headers)
-        if new.upstream.auth_header == old.upstream.auth_header:
-            kept = kept._replace(auth_scheme=new.upstream.auth_scheme)      # else it belongs to the other header
-        self.config = new._replace(raw=old.raw, dry_run=old.dry_run, upstream=kept, event_log=old.event_log)
+        self.config = new
         self.set_token(token)
-        waits = [key for key in AFTER_RESTART if old.raw.get(key, KEYS[key][0]) != new.raw.get(key, KEYS[key][0])]
         say("broker: reloaded" + (f"; changed, but only after a restart: {', '.join(waits)}" if waits else ""))
         self.write_lifecycle("reload")
 
@@ -2992,7 +2990,8 @@ async def check_upstream(broker: Broker, outcome: list[Any]) -> None:
         channel.close()
     except RequestError as error:
         outcome.append(error)
-    broker.loop.stopped = True
+    finally:
+        broker.loop.stopped = True
 
 
 class Tally:
