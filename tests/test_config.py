@@ -1,0 +1,703 @@
+"""The configuration file: what it may say, and the one line that tells what is wrong with it."""
+
+import concurrent.futures
+import json
+import os
+import shutil
+import subprocess
+import sys
+import unittest
+
+from tests.support import (
+    ABSENT,
+    BROKER,
+    NOBODY,
+    ROOT,
+    SECRET_VARIABLE,
+    TOKEN_VARIABLE,
+    BrokerTestCase,
+    canary,
+    free_port,
+    fresh_token,
+    make_config,
+    make_executable,
+    minimal_environment,
+    posix_only,
+    run_broker,
+)
+
+EXAMPLES = [
+    "broker_config.example.json",
+    "broker_config.1password.example.json",
+    "broker_config.azure-keyvault.example.json",
+]
+
+# Enough to be a whole configuration, for files that are written as text.
+WHOLE = """
+  "listen_port": 0,
+  "upstream_base_url": "http://127.0.0.1:9",
+  "allowed_paths": ["/v1/chat/completions"],
+  "client_token_env": "BROKER_TEST_TOKEN",
+  "secret_source": {"kind": "env", "name": "BROKER_TEST_SECRET"}
+"""
+
+
+# Calls main() with each list of arguments and notes exit code and output. File descriptors are
+# turned aside, not sys.stderr: it does not matter how the broker writes.
+MANY_CALLS = """
+import json, os, sys, tempfile
+sys.path.insert(0, sys.argv[1])
+import broker
+results = []
+for arguments in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as said:
+        kept = os.dup(1), os.dup(2)
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        try:
+            code = broker.main(arguments)
+        finally:
+            sys.stdout.flush()
+            os.dup2(kept[0], 1)
+            os.dup2(kept[1], 2)
+        said.seek(0)
+        results.append((code, said.read().decode()))
+with open(sys.argv[2], "w") as file:
+    json.dump(results, file)
+"""
+
+
+def run_all(runs):
+    """Run many short-lived brokers, a few at a time: {case: keywords of run_broker} -> {case: run}."""
+
+    def run_one(keywords):
+        # A wrong configuration that is let in would serve for ever.
+        return run_broker(*keywords.pop("args", ()), **{"config": {}, "timeout": 20, **keywords})
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = {case: pool.submit(run_one, dict(keywords)) for case, keywords in runs.items()}
+    return futures
+
+
+class ConfigTestCase(BrokerTestCase):
+    def assert_wrong(self, run, *named, code=2):
+        """It ended with this code and said so in one line that names the file and all of `named`."""
+        self.assertEqual(run.returncode, code, run.stderr)
+        self.assertEqual(run.stdout, "")
+        lines = run.stderr.strip("\n").split("\n")
+        self.assertEqual(len(lines), 1, run.stderr)
+        for name in named:
+            self.assertIn(name, lines[0])
+
+    def assert_each_wrong(self, key, values):
+        """Every one of these values for this key is refused in a line that names file and key."""
+        # One start as a user makes it; a start for every value would take half a minute.
+        case, value = next(iter(values.items()))
+        with self.subTest(key=key, value=case, start="real"):
+            self.assert_wrong(run_broker(config={key: value}, timeout=20), "broker_config.json", key)
+        texts = {case: json.dumps(make_config(NOBODY, {key: value})) for case, value in values.items()}
+        for case, (code, said) in self.check_each(texts, "--check").items():
+            with self.subTest(key=key, value=case):
+                self.assert_said(code, said, "broker_config.json", key)
+
+    def assert_said(self, code, said, *named):
+        self.assertEqual((code, said.count("\n")), (2, 1), said)
+        for name in named:
+            self.assertIn(name, said)
+
+    def check_each(self, texts, *args):
+        """Files with these texts, one after the other in one process: {case: (exit code, output)}."""
+        folder = self.folder()
+        calls = []
+        for number, text in enumerate(texts.values()):
+            path = os.path.join(folder, str(number), "broker_config.json")
+            os.mkdir(os.path.dirname(path), 0o700)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+                file.write(text if isinstance(text, bytes) else text.encode())
+            calls.append([*args, "--config", path])
+        results = os.path.join(folder, "results.json")
+        variables = {SECRET_VARIABLE: canary(), TOKEN_VARIABLE: fresh_token(), "PYTHONDONTWRITEBYTECODE": "1"}
+        argv = [sys.executable, "-c", MANY_CALLS, ROOT, results]
+        env = minimal_environment(variables)
+        subprocess.run(argv, input=json.dumps(calls).encode(), env=env, check=True, timeout=60)
+        with open(results, encoding="utf-8") as file:
+            return dict(zip(texts, json.load(file)))
+
+
+def by_repr(*values):
+    return {repr(value)[:60]: value for value in values}
+
+
+class WrongValue(ConfigTestCase):
+    """Each is one line, exit code 2, naming the file and the key."""
+
+    def test_listen_host_is_the_loopback_address_and_no_other(self):
+        values = by_repr("0.0.0.0", "localhost", "::1", "127.0.0.2", "127.0.0.1 ", "", 5, None, ["127.0.0.1"])
+        self.assert_each_wrong("listen_host", values)
+
+    def test_listen_port_is_a_port(self):
+        self.assert_each_wrong("listen_port", by_repr(-1, 65536, "8791", 1.5, 8791.0, True, None, [8791]))
+
+    def test_mode_is_proxy_or_dry_run(self):
+        self.assert_each_wrong("mode", by_repr("live", "", "Proxy", "dry-run", None, True, ["proxy"]))
+
+    def test_upstream_base_url_is_an_https_url_or_plain_http_to_loopback(self):
+        values = by_repr(
+            ABSENT,
+            "",
+            5,
+            None,
+            "api.example.com",
+            "//api.example.com",
+            "ftp://api.example.com",
+            "http://api.example.com",
+            "http://127.0.0.1.example.com",
+            "http://localhost.example.com",
+            "http://192.168.0.1:8080",
+            "http://0.0.0.0:8080",
+            "https://",
+            "https:///v1",
+            "https://:443",
+            "https://user@api.example.com",
+            "https://user:password@api.example.com",
+            "https://api.example.com?x=y",
+            "https://api.example.com/v1?",
+            "https://api.example.com/#x",
+            "https://api.example.com/v1#",
+            "https://api.example.com/a/../b",
+            "https://api.example.com/./a",
+            "https://api.example.com/..",
+            "https://api.example.com:port",
+            "https://api.example.com:99999",
+            "https://api.example.com:-1",
+            "https://bücher.example",
+            "https://api.example.com/é",
+            " https://api.example.com",
+            "https://api.example.com ",
+            "https://api.example.com\n",
+            "https://api.exam\tple.com",
+            "https://api.example.com\r\nX: y",
+            "https://api.example.com\\@evil.example",
+            "https://api example.com",
+            ["https://api.example.com"],
+        )
+        self.assert_each_wrong("upstream_base_url", values)
+
+    def test_upstream_base_url_is_not_the_broker_itself(self):
+        port = free_port()
+        for host in ("127.0.0.1", "localhost"):
+            url = f"http://{host}:{port}"
+            with self.subTest(host):
+                run = run_broker(config={"listen_port": port, "upstream_base_url": url}, timeout=20)
+                self.assert_wrong(run, "broker_config.json", "upstream_base_url")
+
+    def test_allowed_paths_are_rules_that_a_request_can_match(self):
+        values = by_repr(
+            ABSENT,
+            [],
+            None,
+            "/v1/models",
+            {"GET": "/v1/models"},
+            [5],
+            [None],
+            [["GET", "/v1/models"]],
+            [""],
+            [" "],
+            ["GET"],
+            ["v1/models"],
+            ["GET v1/models"],
+            ["GET /v1/models application/json more"],
+            ["POST /v1/x notatype"],
+            ["/v1//models"],
+            ["/v1/models/"],
+            ["/v1/./models"],
+            ["/v1/../models"],
+            ["/v1/models?limit=1"],
+            ["/v1/models#x"],
+            ["/v1/models%20"],
+            ["/v1/models;x"],
+            ["/v1\\models"],
+            ["/v1/mödels"],
+            ["/v1/" + "x" * 1100],
+            ["https://api.example.com/v1/models"],
+            ["GET /healthz"],
+            ["HEAD /"],
+            ["G(T /v1/models"],
+            ["/v1/models", 5],
+            ["/v1/models", "/v1//models"],
+        )
+        self.assert_each_wrong("allowed_paths", values)
+
+    def test_client_token_env_is_the_name_of_a_variable(self):
+        self.assert_each_wrong("client_token_env", by_repr(ABSENT, "", 5, True, ["A"], {"name": "A"}, "A=B", "A\0B"))
+
+    def test_secret_source_is_one_of_three_kinds(self):
+        command = {"kind": "command", "argv": ["true"]}
+        values = by_repr(
+            ABSENT,
+            None,
+            "env",
+            [],
+            {},
+            {"name": "X"},
+            {"kind": "vault"},
+            {"kind": "ENV", "name": "X"},
+            {"kind": None},
+            {"kind": ["env"]},
+            {"kind": "env"},
+            {"kind": "env", "name": ""},
+            {"kind": "env", "name": 5},
+            {"kind": "env", "name": "X=Y"},
+            {"kind": "env", "name": SECRET_VARIABLE, "argv": ["x"]},
+            {"kind": "env", "nmae": SECRET_VARIABLE},
+            {"kind": "none", "name": "X"},
+            {"kind": "command"},
+            {"kind": "command", "argv": []},
+            {"kind": "command", "argv": "op read x"},
+            {"kind": "command", "argv": [5]},
+            {"kind": "command", "argv": ["op", None]},
+            {"kind": "command", "argv": [""]},
+            {"kind": "command", "argv": ["op", "a\0b"]},
+            {**command, "shell": True},
+            {**command, "timeout_seconds": 0},
+            {**command, "timeout_seconds": -1},
+            {**command, "timeout_seconds": "60"},
+            {**command, "timeout_seconds": True},
+            {**command, "cache_seconds": -1},
+            {**command, "cache_seconds": "3600"},
+            {**command, "cache_seconds": None},
+        )
+        self.assert_each_wrong("secret_source", values)
+
+    def test_auth_header_is_a_header_name(self):
+        values = by_repr("", "X Y", "X:", "X\r\nY", "X\0", "Ü", 5, None, ["Authorization"])
+        self.assert_each_wrong("auth_header", values)
+
+    def test_auth_scheme_is_a_word_or_nothing(self):
+        self.assert_each_wrong("auth_scheme", by_repr("Bear\r\ner", "Bearer\n", "é", "a\0b", 5, None, ["Bearer"]))
+
+    def test_extra_headers_are_names_and_values(self):
+        values = by_repr(
+            None,
+            [],
+            "X: y",
+            {"": "y"},
+            {"X Y": "z"},
+            {"X:": "y"},
+            {"X\r\nY": "z"},
+            {"X": 5},
+            {"X": None},
+            {"X": ["y"]},
+            {"X": "a\r\nY: z"},
+            {"X": "a\nb"},
+            {"X": "a\0b"},
+        )
+        self.assert_each_wrong("extra_headers", values)
+
+    def test_allowed_hosts_are_host_names(self):
+        values = by_repr(None, "localhost", [5], [""], ["a b"], ["http://localhost"], ["a/b"], ["a\nb"], {"a": 1})
+        self.assert_each_wrong("allowed_hosts", values)
+
+    def test_limits_are_whole_numbers_above_zero(self):
+        for key in ("max_request_bytes", "max_concurrent_requests"):
+            self.assert_each_wrong(key, by_repr(0, -1, "100", 1.5, True, None, [1]))
+
+    def test_upstream_timeout_is_a_time(self):
+        self.assert_each_wrong("upstream_timeout_seconds", by_repr(0, -1, "600", True, None, [1]))
+
+    def test_event_log_is_a_path(self):
+        self.assert_each_wrong("event_log", by_repr("", 5, None, True, ["events.jsonl"], "a\0b"))
+
+
+class RightValue(ConfigTestCase):
+    def test_of_every_key_is_let_in(self):
+        command = {"kind": "command", "argv": ["op", "read", "op://a/b/c"], "timeout_seconds": 5, "cache_seconds": 0}
+        values = {
+            "listen_host": ["127.0.0.1", ABSENT],
+            "listen_port": [0, 1024, 65535, ABSENT],
+            "mode": ["proxy", "dry_run"],
+            "upstream_base_url": [
+                "https://api.example.com",
+                "https://api.example.com/",
+                "https://api.example.com:8443/base/path",
+                "https://192.0.2.1",
+                "https://[2001:db8::1]:8443/v1",
+                "http://127.0.0.1:11434",
+                "http://localhost:11434/api",
+                "http://[::1]:11434",
+            ],
+            "allowed_paths": [
+                ["/"],
+                ["/v1/messages"],
+                ["GET /v1/models/*"],
+                ["/v1beta/models/*:generateContent"],
+                ["/openai/deployments/*/chat/completions"],
+                ["POST /v1/audio/transcriptions multipart/form-data"],
+                ["PATCH /v1/a", "DELETE /v1/a", "OPTIONS /v1/a"],
+                ["GET /v1/AZaz09._~:@+,=-"],
+            ],
+            "secret_source": [command, {"kind": "none"}, {"kind": "env", "name": "ANYTHING"}],
+            "auth_header": ["x-api-key", "api-key", ABSENT],
+            "auth_scheme": ["", "Bearer", "Token", ABSENT],
+            "extra_headers": [{}, {"anthropic-version": "2023-06-01", "X-Json": '{"a": [1, "b;c"]}'}],
+            "allowed_hosts": [["127.0.0.1", "localhost", "host.docker.internal"], ["broker"]],
+            "max_request_bytes": [1, 1 << 27],
+            "upstream_timeout_seconds": [1, 0.5, 3600],
+            "max_concurrent_requests": [1, 1000],
+            "event_log": ["log.jsonl", ABSENT],
+            "client_token_env": [None, "SOME_TOKEN", ABSENT],
+        }
+        texts = {
+            f"{key}: {value!r}": json.dumps(make_config(NOBODY, {key: value}))
+            for key, choices in values.items()
+            for value in choices
+        }
+        for case, (code, said) in self.check_each(texts, "--check", "--dry-run").items():
+            with self.subTest(case):
+                self.assertEqual(code, 0, said)
+
+
+class WrongFile(ConfigTestCase):
+    def test_is_told_in_one_line(self):
+        cases = {
+            "empty": "",
+            "no JSON": "listen_port = 8791",
+            "cut off": "{" + WHOLE,
+            "a comma too many": "{" + WHOLE + ",}",
+            "a comment": "{ // hello\n" + WHOLE + "}",
+            "something behind": "{" + WHOLE + "} x",
+            "a list": "[]",
+            "null": "null",
+            "a number": "5",
+            "NaN": "{" + WHOLE + ', "upstream_timeout_seconds": NaN}',
+            "Infinity": "{" + WHOLE + ', "upstream_timeout_seconds": Infinity}',
+            "no UTF-8": b"{" + WHOLE.encode() + b', "event_log": "\xff"}',
+            "too deep": '{"a": ' + "[" * 100000,
+            "a number too long": '{"listen_port": ' + "1" * 10000 + "}",
+        }
+        for case, (code, said) in self.check_each(cases, "--check").items():
+            with self.subTest(case):
+                self.assert_said(code, said, "broker_config.json")
+
+    def test_with_a_number_that_is_none_names_the_key(self):
+        for number in ("1e999", "-1e999"):
+            run = run_broker(config_text="{" + WHOLE + f', "upstream_timeout_seconds": {number}}}', timeout=20)
+            self.assert_wrong(run, "broker_config.json", "upstream_timeout_seconds")
+
+    def test_with_a_key_twice_names_the_key(self):
+        cases = {
+            "at the top": ('"listen_port": 0,' + WHOLE, "listen_port"),
+            "with the same value": (WHOLE + ', "mode": "proxy", "mode": "proxy"', "mode"),
+            "in the secret source": (WHOLE.replace('"kind": "env"', '"kind": "none", "kind": "env"'), "kind"),
+            "in the extra headers": (WHOLE + ', "extra_headers": {"X": "a", "X": "b"}', "X"),
+        }
+        for case, (text, key) in cases.items():
+            with self.subTest(case):
+                self.assert_wrong(run_broker(config_text="{" + text + "}", timeout=20), "broker_config.json", key)
+
+    def test_with_an_unknown_key_names_it_and_the_nearest_known_one(self):
+        cases = {
+            "alowed_paths": "allowed_paths",
+            "allowed_path": "allowed_paths",
+            "listen_prot": "listen_port",
+            "Mode": "mode",
+            "upstream_url": "upstream_base_url",
+            "client_token": "client_token_env",
+            "max_request_byte": "max_request_bytes",
+            "event-log": "event_log",
+        }
+        texts = {key: json.dumps(make_config(NOBODY, {key: 1})) for key in cases}
+        for key, (code, said) in self.check_each(texts, "--check").items():
+            with self.subTest(key):
+                self.assert_said(code, said, "broker_config.json", f'"{key}"', f'"{cases[key]}"')
+        with self.subTest("nothing near"):
+            self.assert_wrong(run_broker(config={"zzz": 1}, timeout=20), "broker_config.json", '"zzz"')
+        with self.subTest("in the secret source"):
+            source = {"kind": "command", "argv": ["true"], "timeout_second": 5}
+            run = run_broker(config={"secret_source": source}, timeout=20)
+            self.assert_wrong(run, "broker_config.json", "timeout_second", "timeout_seconds")
+
+    def test_that_is_missing_or_a_folder_is_named(self):
+        run = run_broker("--config", "nowhere.json", timeout=20)
+        self.assert_wrong(run, "nowhere.json")
+        folder = self.folder()
+        run = run_broker("--config", folder, timeout=20)
+        self.assertIn(folder, run.stderr)
+        self.assertEqual((run.returncode, run.stderr.count("\n")), (2, 1))
+
+    def test_whose_text_would_play_with_the_terminal_is_shown_harmless(self):
+        run = run_broker(config={"\x1b[31mred\x07": 1}, timeout=20)
+        self.assert_wrong(run)
+        self.assertTrue(run.stderr.strip("\n").isprintable(), repr(run.stderr))
+
+
+class NoConfigNamed(ConfigTestCase):
+    def file_for(self, folder, **overrides):
+        config = {**json.loads("{" + WHOLE + "}"), **overrides}
+        path = os.path.join(folder, "broker_config.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(config, file)
+        os.chmod(path, 0o600)
+
+    def test_takes_the_one_in_the_current_folder(self):
+        folder = self.folder()
+        self.file_for(folder)
+        run = run_broker("--check", cwd=folder)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertIn("/v1/chat/completions", run.stdout + run.stderr)
+        self.broker(use_config=False, cwd=folder)
+
+    def test_runs_no_command_that_a_folder_brings(self):
+        folder = self.folder()
+        witness = os.path.join(folder, "ran")
+        program = make_executable(folder, "op", f"touch '{witness}'; echo {canary()}\n")
+        self.file_for(folder, secret_source={"kind": "command", "argv": [program]})
+        for args in ((), ("--check",), ("--port", "0")):
+            with self.subTest(args):
+                self.assert_wrong(run_broker(*args, cwd=folder, timeout=20), "broker_config.json", "--config")
+                self.assertFalse(os.path.exists(witness))
+        with self.subTest("named, it may"):
+            run = run_broker("--check", "--config", "broker_config.json", cwd=folder, timeout=20)
+            self.assertEqual(run.returncode, 0, run.stderr)
+            self.assertTrue(os.path.exists(witness))
+
+    def test_and_none_there_says_what_to_do(self):
+        run = run_broker(timeout=20)
+        self.assert_wrong(run, "broker_config.json", "--config")
+
+
+class TheToken(ConfigTestCase):
+    def test_must_be_there_and_of_16_visible_characters(self):
+        cases = {
+            "not set": ABSENT,
+            "empty": "",
+            "of 15 characters": "x" * 15,
+            "with a blank": "x" * 20 + " " + "x" * 20,
+            "with a tab": "x" * 20 + "\t" + "x" * 20,
+            "with a line end": "x" * 40 + "\n",
+            "not ASCII": "é" * 20,
+        }
+        runs = {case: {"token": token} for case, token in cases.items()}
+        for case, future in run_all(runs).items():
+            with self.subTest(case):
+                run = future.result()
+                self.assertEqual(run.returncode, 2, run.stderr)
+                self.assertEqual(run.stderr.count("\n"), 1, run.stderr)
+                self.assertIn(TOKEN_VARIABLE, run.stderr)
+                if case.startswith("with"):
+                    self.assertNotIn("x" * 15, run.stderr)
+
+    def test_of_16_characters_will_do(self):
+        self.assertEqual(run_broker("--check", config={}, token="x!~" * 5 + "y").returncode, 0)
+
+    def test_may_not_be_the_secret(self):
+        secret = canary()
+        run = run_broker(config={}, secret=secret, token=secret, timeout=20)
+        self.assert_wrong(run, "broker_config.json", "client_token_env")
+
+    @posix_only
+    def test_may_not_be_the_secret_that_a_command_brings(self):
+        folder = self.folder()
+        token = canary()
+        program = make_executable(folder, "op", f"echo {token}\n")
+        source = {"kind": "command", "argv": [program]}
+        run = run_broker(config={"secret_source": source}, token=token, timeout=20)
+        self.assertEqual(run.returncode, 1, run.stderr)
+
+    def test_may_be_done_without_only_where_the_default_hosts_are_let_in(self):
+        runs = run_all(
+            {
+                "default": {"config": {"client_token_env": None}, "args": ["--check"]},
+                "fewer": {"config": {"client_token_env": None, "allowed_hosts": ["localhost"]}, "args": ["--check"]},
+                "more": {"config": {"client_token_env": None, "allowed_hosts": ["localhost", "broker"]}},
+            }
+        )
+        self.assertEqual(runs["default"].result().returncode, 0)
+        self.assertEqual(runs["fewer"].result().returncode, 0)
+        self.assert_wrong(runs["more"].result(), "broker_config.json", "client_token_env", "allowed_hosts")
+
+    def test_without_one_is_warned_about(self):
+        run = run_broker("--check", config={"client_token_env": None})
+        self.assertIn("warning", run.stderr.lower() + run.stdout.lower())
+
+
+class TheSecret(ConfigTestCase):
+    def test_must_be_there_and_of_16_to_4096_visible_characters(self):
+        cases = {
+            "not set": ABSENT,
+            "empty": "",
+            "of 15 characters": "s" * 15,
+            "of 4097 characters": "s" * 4097,
+            "with a blank": "s" * 20 + " " + "s" * 20,
+            "with a tab": "s" * 20 + "\t" + "s" * 20,
+            "with a header of its own": "s" * 20 + "\r\nX-Evil: y",
+            "of two lines": "s" * 40 + "\n" + "s" * 40,
+            "with two line ends": "s" * 40 + "\n\n",
+            "not ASCII": "é" * 20,
+        }
+        runs = {case: {"secret": secret} for case, secret in cases.items()}
+        for case, future in run_all(runs).items():
+            with self.subTest(case):
+                run = future.result()
+                self.assertEqual(run.returncode, 1, run.stderr)
+                self.assertEqual(run.stderr.count("\n"), 1, run.stderr)
+                self.assertIn("broker_config.json", run.stderr)
+                self.assertIn("secret_source", run.stderr)
+                if case == "not set":
+                    self.assertIn(SECRET_VARIABLE, run.stderr)
+                self.assertNotIn("s" * 15, run.stderr)
+
+    def test_of_16_and_of_4096_characters_and_with_one_line_end_will_do(self):
+        for secret in ("s" * 16, "s" * 4096, "s" * 40 + "\n", "s" * 40 + "\r\n", "".join(map(chr, range(33, 127)))):
+            with self.subTest(len(secret)):
+                run = run_broker("--check", config={}, secret=secret)
+                self.assertEqual(run.returncode, 0, run.stderr)
+
+
+class Examples(ConfigTestCase):
+    def test_are_valid_as_they_stand(self):
+        for name in EXAMPLES:
+            with self.subTest(name):
+                path = os.path.join(ROOT, name)
+                self.assertTrue(os.path.exists(path))
+                run = run_broker("--check", "--dry-run", "--config", path)
+                self.assertEqual(run.returncode, 0, run.stderr)
+
+    def test_serve_a_dry_run_as_they_stand(self):
+        for name in EXAMPLES:
+            with self.subTest(name):
+                folder = self.folder()
+                shutil.copy(os.path.join(ROOT, name), os.path.join(folder, "broker_config.json"))
+                os.chmod(os.path.join(folder, "broker_config.json"), 0o600)
+                broker = self.broker(use_config=False, cwd=folder, folder=folder, args=["--port", "0", "--dry-run"])
+                self.assertEqual(broker.request("GET", "/healthz", token=False).json(), {"ok": True})
+
+    def test_hold_no_key_that_is_not_needed_to_understand_them(self):
+        for name in EXAMPLES:
+            with self.subTest(name), open(os.path.join(ROOT, name), encoding="utf-8") as file:
+                config = json.load(file)
+                self.assertIsInstance(config["client_token_env"], str)
+                self.assertIn(config["secret_source"]["kind"], ("env", "command"))
+
+
+@posix_only
+class WhoMayWriteTheFiles(ConfigTestCase):
+    def run_with(self, *args, file_mode=0o600, folder_mode=0o700, script=None, group=None):
+        def prepare(run):
+            os.chmod(run.config_path, file_mode)
+            os.chmod(run.folder, folder_mode)
+            if group is not None:
+                os.chown(run.config_path, -1, group)
+
+        return run_broker("--check", *args, config={}, prepare=prepare, script=script or BROKER)
+
+    def test_a_configuration_that_the_world_may_write_is_refused(self):
+        for mode in (0o602, 0o666, 0o777):
+            with self.subTest(oct(mode)):
+                run = self.run_with(file_mode=mode)
+                self.assertEqual(run.returncode, 2, run.stderr)
+                self.assertIn("broker_config.json", run.stderr)
+
+    def test_a_folder_that_the_world_may_write_is_refused_unless_it_is_sticky(self):
+        self.assertEqual(self.run_with(folder_mode=0o777).returncode, 2)
+        self.assertEqual(self.run_with(folder_mode=0o703).returncode, 2)
+        self.assertEqual(self.run_with(folder_mode=0o1777).returncode, 0)
+
+    def test_a_dry_run_only_warns(self):
+        run = self.run_with("--dry-run", file_mode=0o666)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertIn("warning", (run.stderr + run.stdout).lower())
+
+    def test_a_broker_that_the_world_may_write_is_refused_and_so_is_its_folder(self):
+        folder = self.folder()
+        script = shutil.copy(BROKER, folder)
+        self.assertEqual(self.run_with(script=script).returncode, 0)
+        os.chmod(script, 0o666)
+        run = self.run_with(script=script)
+        self.assertEqual(run.returncode, 2, run.stderr)
+        self.assertIn("broker.py", run.stderr)
+        os.chmod(script, 0o644)
+        os.chmod(folder, 0o777)
+        self.assertEqual(self.run_with(script=script).returncode, 2)
+
+    def test_a_group_of_strangers_is_warned_about(self):
+        quiet = self.run_with()
+        if os.getuid() == 0:
+            loud = self.run_with(file_mode=0o660, group=12345)
+        else:
+            others = [group for group in os.getgroups() if group != os.getgid()]
+            if not others:
+                self.skipTest("this user is in no second group")
+            loud = self.run_with(file_mode=0o660, group=others[0])
+        self.assertEqual((quiet.returncode, loud.returncode), (0, 0), loud.stderr)
+        warned = [(run.stderr + run.stdout).lower().count("warning") for run in (quiet, loud)]
+        self.assertEqual(warned[1], warned[0] + 1, loud.stderr)
+
+    def test_a_planted_module_beside_the_broker_is_not_loaded(self):
+        folder = self.folder()
+        script = shutil.copy(BROKER, folder)
+        witness = os.path.join(folder, "loaded")
+        for name in ("ssl", "json", "http", "argparse", "ctypes", "sitecustomize"):
+            with open(os.path.join(folder, name + ".py"), "w", encoding="utf-8") as file:
+                file.write(f"open({witness!r}, 'w').close()\nraise SystemExit('planted')\n")
+        run = self.run_with(script=script)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertFalse(os.path.exists(witness))
+
+    def test_a_planted_module_in_the_current_folder_is_not_loaded(self):
+        folder = self.folder()
+        with open(os.path.join(folder, "ssl.py"), "w", encoding="utf-8") as file:
+            file.write("raise SystemExit('planted')\n")
+        run = run_broker("--check", config={}, cwd=folder)
+        self.assertEqual(run.returncode, 0, run.stderr)
+
+
+class TheEventLogFile(ConfigTestCase):
+    def test_that_cannot_be_written_is_an_operational_failure(self):
+        folder = self.folder()
+
+        def as_folder(run):
+            os.mkdir(run.log_path)
+
+        cases = {
+            "its folder is missing": {"config": {"event_log": "nowhere/events.jsonl"}},
+            "it is a folder": {"prepare": as_folder},
+            "a file stands where its folder should": {"config": {"event_log": "broker_config.json/events.jsonl"}},
+        }
+        if os.name == "posix":
+            elsewhere = os.path.join(folder, "elsewhere")
+            cases["it is a link"] = {"prepare": lambda run: os.symlink(elsewhere, run.log_path)}
+            cases["it is a FIFO"] = {"prepare": lambda run: os.mkfifo(run.log_path)}
+        for case, future in run_all(cases).items():
+            with self.subTest(case):
+                run = future.result()
+                self.assertEqual(run.returncode, 1, run.stderr)
+                self.assertIn("event_log", run.stderr)
+        self.assertEqual(os.listdir(folder), [])
+
+    @posix_only
+    def test_is_made_for_its_user_alone_beside_the_configuration(self):
+        previous = os.umask(0)
+        try:
+            broker = self.broker(dry_run=True, cwd=self.folder())
+        finally:
+            os.umask(previous)
+        broker.wait_event(event="start")
+        self.assertEqual(os.stat(os.path.join(broker.folder, "events.jsonl")).st_mode & 0o7777, 0o600)
+
+
+class WithoutTheStandardPlaces(ConfigTestCase):
+    def test_it_starts_with_an_empty_environment(self):
+        folder = self.folder()
+        path = os.path.join(folder, "broker_config.json")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("{" + WHOLE + "}")
+        os.chmod(path, 0o600)
+        env = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
+        argv = [sys.executable, BROKER, "--check", "--dry-run", "--config", path]
+        run = subprocess.run(argv, env=env, capture_output=True, cwd=folder, timeout=30)
+        self.assertEqual(run.returncode, 0, run.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
