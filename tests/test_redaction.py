@@ -1,0 +1,369 @@
+"""The secret never stands in an answer, in no form and however it is cut; nothing else is changed or held back."""
+
+import base64
+import html
+import json
+import os
+import string
+import urllib.parse
+
+from tests.support import BrokerTestCase, Puppet, make_executable, posix_only, seeded
+
+MODELS = "/v1/models"
+REDACTED = b"[redacted]"
+
+# What the secrets here are made of besides letters and digits: all that one of the forms writes in another way.
+SPECIAL = "/+=&<>\"'\\%?#:;,@!$*()[]{}|^~`.-_"
+
+
+def percent_lower(form):
+    """`%2F` as `%2f`, all else as it is."""
+    head, *rest = form.split("%")
+    return "%".join([head] + [part[:2].lower() + part[2:] for part in rest])
+
+
+def forms(secret):
+    """Every form that is to be replaced, by name, as bytes."""
+    as_python = json.dumps(secret)[1:-1]
+    found = {
+        "itself": secret,
+        "JSON as Python writes it": as_python,
+        "JSON as PHP writes it": as_python.replace("/", "\\/"),
+        "HTML": html.escape(secret),
+        "HTML with its quotes": html.escape(secret, quote=False),
+        "percent, every byte": "".join(f"%{byte:02X}" for byte in secret.encode()),
+        "percent, as Python's quote": urllib.parse.quote(secret),
+        "percent, as Python's quote of one segment": urllib.parse.quote(secret, safe=""),
+        "percent, as JavaScript's encodeURIComponent": urllib.parse.quote(secret, safe="!'()*"),
+        "hex": secret.encode().hex(),
+        "hex in capitals": secret.encode().hex().upper(),
+    }
+    for name in list(found):
+        if name.startswith("percent"):
+            found[name + ", in small letters"] = percent_lower(found[name])
+    return {name: form.encode() for name, form in found.items()}
+
+
+def base64_forms(secret):
+    """(name, the text as the upstream shows it, what has to come out of it)"""
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        for before, after in ((b"", b""), (b"u", b""), (b"us", b"!"), (b"use", b"?x"), (b"user:", b""), (b"Bearer ", b"")):
+            encoded = encode(before + secret.encode() + after)
+            # Bits shared with a neighbour belong to it: those characters stay.
+            first = -(-len(before) * 8 // 6)
+            last = (len(before) + len(secret)) * 8 // 6
+            name = f"{encode.__name__} between {before!r} and {after!r}"
+            yield name, encoded, encoded[:first] + REDACTED + encoded[last:]
+            if encoded.endswith(b"="):
+                bare = encoded.rstrip(b"=")
+                yield name + ", no padding", bare, bare[:first] + REDACTED + bare[last:]
+
+
+class Model:
+    """What has to come out after each piece that goes in: the contract in a few lines, without any speed."""
+
+    def __init__(self, secret):
+        self.forms = set(forms(secret).values())
+        for before in range(3):
+            encoded = base64.b64encode(b"\0" * before + secret.encode())
+            core = encoded[-(-before * 8 // 6) : (before + len(secret)) * 8 // 6]
+            self.forms |= {core, core.translate(bytes.maketrans(b"+/", b"-_"))}
+        self.forms = sorted(self.forms, key=len, reverse=True)
+        self.held = b""
+
+    def feed(self, piece):
+        data, out, at = self.held + piece, b"", 0
+        while at < len(data):
+            form = next((form for form in self.forms if data.startswith(form, at)), None)
+            if form:
+                out, at = out + REDACTED, at + len(form)
+            elif any(form.startswith(data[at:]) for form in self.forms):
+                break
+            else:
+                out, at = out + data[at : at + 1], at + 1
+        self.held = data[at:]
+        return out
+
+
+def random_secret(random, length=None):
+    """Begins and ends with a letter: where a form is the beginning of another one is a question of its own."""
+    alphabet = string.ascii_letters + string.digits + SPECIAL * 2
+    inner = "".join(random.choice(alphabet) for _ in range((length or random.choice((16, 17, 18, 31, 50))) - 2))
+    return random.choice(string.ascii_letters) + inner + random.choice(string.ascii_letters)
+
+
+class Stream:
+    """A streamed answer, piece by piece: each has to come out as the model says before the next goes in."""
+
+    def __init__(self, case, upstream, served, secret):
+        self.case, self.secret, self.model = case, secret, Model(secret)
+        self.puppet = Puppet(upstream)
+        self.caller = served.connect()
+        self.caller.send(served.head("GET", MODELS))
+        self.puppet.wait()
+        self.puppet.start_stream("text/plain")
+        self.caller.read_head()
+        self.fed = []
+
+    def feed(self, piece):
+        self.fed.append(piece)
+        self.puppet.chunk(piece)
+        self.expect(self.model.feed(piece))
+
+    def expect(self, expected):
+        got = b""
+        while len(got) < len(expected):
+            got += self.caller.read_chunk()
+        self.case.assertEqual(got, expected, self.fed[-3:])
+
+    def end(self):
+        self.puppet.end()
+        self.puppet.done()
+        if self.model.held:
+            self.expect(self.model.held)
+        self.case.assertEqual(self.caller.read_chunk(), b"")
+        self.caller.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            self.end()
+        else:
+            self.puppet.close()
+            self.caller.close()
+
+
+class RedactionTestCase(BrokerTestCase):
+    """One broker and one upstream for all tests of a class."""
+
+    secret = random_secret(seeded("the secret of a class"))
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = cls.class_stub()
+        cls.served = cls.class_broker(cls.upstream, secret=cls.secret)
+
+    def setUp(self):
+        self.upstream.forget()
+
+    def comes_out(self, body, headers=(), status=200, reason="OK"):
+        """The answer to a caller when the upstream sends this."""
+        self.upstream.script(lambda conn, request: conn.respond(status, headers, body, reason))
+        answer = self.served.request("GET", MODELS)
+        self.assertEqual(answer.status, status)
+        return answer
+
+    def stream(self):
+        return Stream(self, self.upstream, self.served, self.secret)
+
+
+class EveryForm(RedactionTestCase):
+    def test_is_replaced_in_a_body_and_nothing_else_is(self):
+        for name, form in forms(self.secret).items():
+            with self.subTest(name):
+                for before, after in ((b"", b""), (b"before ", b" after"), (b'{"key": "Bearer ', b'"}'), (form[-3:], form[:3])):
+                    self.assertEqual(self.comes_out(before + form + after).body, before + REDACTED + after)
+                self.assertEqual(self.comes_out(form * 3).body, REDACTED * 3)
+
+    def test_of_base64_is_replaced_but_for_what_a_neighbour_shares(self):
+        for name, shown, expected in base64_forms(self.secret):
+            with self.subTest(name):
+                self.assertEqual(self.comes_out(b"<" + shown + b">").body, b"<" + expected + b">")
+
+    def test_is_replaced_in_headers(self):
+        shown = {**forms(self.secret), **{name: text for name, text, _ in base64_forms(self.secret)}}
+        results = {**dict.fromkeys(forms(self.secret), REDACTED), **{name: out for name, _, out in base64_forms(self.secret)}}
+        for name, form in shown.items():
+            with self.subTest(name):
+                headers = [("X-Debug", f"<{form.decode()}>"), ("X-Other", "as it is"), ("Content-Type", form.decode())]
+                answer = self.comes_out(b"body", headers)
+                self.assertEqual(answer.header("X-Debug"), f"<{results[name].decode()}>")
+                self.assertEqual(answer.header("Content-Type"), results[name].decode())
+                self.assertEqual((answer.header("X-Other"), answer.body), ("as it is", b"body"))
+
+    def test_is_replaced_in_answers_without_a_body(self):
+        for status in (204, 304):
+            with self.subTest(status):
+                self.assertEqual(self.comes_out(b"", [("ETag", self.secret)], status).header("ETag"), REDACTED.decode())
+        self.upstream.script(lambda conn, request: conn.respond(200, [("X-Debug", self.secret)], b""))
+        self.assertEqual(self.served.request("HEAD", MODELS).header("X-Debug"), REDACTED.decode())
+
+    def test_is_replaced_in_errors(self):
+        for status in (400, 403, 404, 429, 500, 503):
+            with self.subTest(status):
+                body = json.dumps({"error": {"message": f"the key {self.secret} may not do this"}})
+                headers = [("Content-Type", "application/json"), ("X-Debug", "Bearer " + self.secret)]
+                answer = self.comes_out(body, headers, status)
+                self.assertEqual(answer.json(), {"error": {"message": "the key [redacted] may not do this"}})
+                self.assertEqual(answer.header("X-Debug"), "Bearer [redacted]")
+
+    def test_is_replaced_in_the_reason(self):
+        self.assertNotIn(self.secret, self.comes_out(b"", reason=f"no {self.secret} here").reason)
+
+    def test_is_replaced_for_a_caller_of_http_1_0(self):
+        def answer(conn, request):
+            conn.start_stream()
+            conn.chunk(b"the key " + self.secret[:9].encode())
+            conn.chunk(self.secret[9:].encode() + b" itself")
+            conn.end()
+
+        self.upstream.script(answer)
+        data = self.served.raw(self.served.head("GET", MODELS, version="HTTP/1.0"))
+        self.assertTrue(data.endswith(b"\r\n\r\nthe key [redacted] itself"), data)
+
+
+class WhatOnlyLooksLikeIt(RedactionTestCase):
+    def test_passes_unchanged(self):
+        secret = self.secret
+        texts = {
+            "all but the last character": secret[:-1],
+            "all but the first character": secret[1:],
+            "one character changed": secret[:7] + ("y" if secret[7] == "x" else "x") + secret[8:],
+            "other letters": secret.swapcase(),
+            "backwards": secret[::-1],
+            "a blank in the middle": secret[:8] + " " + secret[8:],
+            "half of its hex": secret.encode().hex()[: len(secret)],
+            "hex in mixed letters": "4A4b" * 10,
+            "all but the end of its base64": base64.b64encode(secret.encode()).decode()[:-8],
+            "the word itself": "[redacted]",
+            "nothing": "",
+        }
+        for case, text in texts.items():
+            for before, after in (("", ""), ("<", ">"), (secret[:5], "!")):
+                with self.subTest(case, before=before):
+                    body = (before + text + after).encode()
+                    self.assertEqual(self.comes_out(body).body, body)
+                    value = f"x{body.decode()}x"
+                    self.assertEqual(self.comes_out(b"", [("X-Debug", value)]).header("X-Debug"), value)
+
+    def test_passes_unchanged_when_it_is_no_text_at_all(self):
+        random = seeded("bytes")
+        for size in (1, 255, 4096, 100_000, 1_000_000):
+            body = bytes(random.getrandbits(8) for _ in range(min(size, 5000))) * (size // 5000 + 1)
+            self.assertTrue(self.comes_out(body[:size]).body == body[:size], size)
+
+
+class Streams(RedactionTestCase):
+    """Two pieces, split at every offset of every form: the second goes in when the first has come out."""
+
+    def test_are_searched_across_every_split(self):
+        with self.stream() as stream:
+            for form in forms(self.secret).values():
+                for at in range(1, len(form)):
+                    stream.feed(b"<" + form[:at])
+                    stream.feed(form[at:] + b">")
+
+    def test_are_searched_across_every_split_of_base64(self):
+        with self.stream() as stream:
+            for _, shown, _ in base64_forms(self.secret):
+                for at in range(1, len(shown)):
+                    stream.feed(b"<" + shown[:at])
+                    stream.feed(shown[at:] + b">")
+
+    def test_are_searched_when_they_come_byte_by_byte(self):
+        with self.stream() as stream:
+            for form in forms(self.secret).values():
+                for byte in b"<" + form + b">" + form[:-1] + b"|":
+                    stream.feed(bytes([byte]))
+
+    def test_hold_back_nothing_that_cannot_be_its_beginning(self):
+        # Whatever a piece ends in: what can't become the secret any more is out before the next piece is in.
+        with self.stream() as stream:
+            for ending in string.printable.encode():
+                stream.feed(b"data: {} " + bytes([ending]))
+            for form in forms(self.secret).values():
+                for at in range(1, len(form)):
+                    wrong = b"!" if form[at : at + 1] != b"!" else b"?"
+                    stream.feed(b"data: " + form[:at] + wrong)
+
+    def test_let_a_beginning_out_when_it_is_the_end(self):
+        for form in forms(self.secret).values():
+            for at in (1, len(form) // 2, len(form) - 1):
+                with self.stream() as stream:
+                    stream.feed(b"data: " + form[:at])
+
+
+class SecretsOfEveryKind(BrokerTestCase):
+    """Generated ones, each with a broker of its own, in streams of generated pieces."""
+
+    def secrets(self):
+        random = seeded("secrets")
+        yield "of the shortest kind", random_secret(random, 16)
+        for number in range(3):
+            yield f"of special characters, {number}", random_secret(random)
+        yield "of one character", "a" * 16
+        yield "of which a beginning comes again and again", "ab" * 8 + "c"
+        yield "of which the end is its beginning", "Zx-9Zx-9" + "q" * 10 + "Zx-9Zx-9"
+        yield "of the longest kind", random_secret(random, 4096)
+
+    def pieces(self, random, secret):
+        """Parts of it and of its forms, whole and broken, among other things."""
+        known = list(forms(secret).values()) + [shown for _, shown, _ in base64_forms(secret)]
+        while True:
+            form = random.choice(known)
+            at, end = sorted(random.choices(range(len(form) + 1), k=2))
+            cut = [form, form[:at] + form[at:], form[:end], form[at:end], form[:at] + b"#", b"#" + form[at:], b" plain "]
+            yield random.choice(cut) or b"-"
+
+    def test_are_found_and_nothing_else_is_touched_or_held_back(self):
+        stub = self.stub()
+        for kind, secret in self.secrets():
+            with self.subTest(kind):
+                random = seeded(kind)
+                broker = self.broker(stub, secret=secret)
+                pieces = self.pieces(random, secret)
+                with Stream(self, stub, broker, secret) as stream:
+                    for _ in range(40 if len(secret) > 1000 else 150):
+                        stream.feed(next(pieces))
+                for form in forms(secret).values():
+                    stub.script(lambda conn, request, form=form: conn.respond(body=b"<" + form + b">"))
+                    self.assertEqual(broker.request("GET", MODELS).body, b"<" + REDACTED + b">")
+
+    def test_are_found_where_one_form_is_the_beginning_of_another(self):
+        # `...&` ends where `...&amp;` goes on: what is left over then tells nothing.
+        stub = self.stub()
+        for ending in "&<\"'\\/%":
+            secret = "sk-0123456789abcdef" + ending
+            with self.subTest(ending):
+                broker = self.broker(stub, secret=secret)
+                for name, form in forms(secret).items():
+                    stub.script(lambda conn, request, form=form: conn.respond(body=b"<" + form + b">"))
+                    body = broker.request("GET", MODELS).body
+                    self.assertTrue(body.startswith(b"<" + REDACTED), (name, body))
+                    self.assertLessEqual(len(body), len(b"<" + REDACTED + b"&amp;>"))
+
+
+class ARotatedSecret(BrokerTestCase):
+    @posix_only
+    def test_is_hidden_like_the_one_of_today(self):
+        stub, folder = self.stub(), self.folder()
+        script = make_executable(folder, "get-secret", "cat secret")
+        path = os.path.join(folder, "secret")
+        used = [random_secret(seeded(f"rotation {number}")) for number in range(3)]
+
+        def write(secret):
+            with open(path, "w", encoding="ascii") as file:
+                file.write(secret)
+
+        write(used[0])
+        source = {"kind": "command", "argv": [script], "cache_seconds": 0}
+        broker = self.broker(stub, config={"secret_source": source}, folder=folder)
+        for secret in used:
+            broker.also_secret(secret)
+            write(secret)
+            self.assertEqual(broker.request("GET", MODELS).status, 200)
+            self.assertEqual(stub.requests[-1].header("Authorization"), "Bearer " + secret)
+        for name in forms(used[0]):
+            with self.subTest(name):
+                shown = b"|".join(forms(secret)[name] for secret in used)
+
+                def answer(conn, request, shown=shown):
+                    conn.start_stream("text/plain")
+                    for at in range(0, len(shown), 7):
+                        conn.chunk(shown[at : at + 7])
+                    conn.end()
+
+                stub.script(answer)
+                self.assertEqual(broker.request("GET", MODELS).body, b"|".join([REDACTED] * 3))
