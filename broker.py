@@ -238,8 +238,8 @@ def secret_forms(secret: bytes) -> set[bytes]:
     """Every form in which an upstream, or a program that logs, might show a secret.
 
     JSON, HTML, percent-encoding (all bytes, or what the usual encoders call unsafe), hex, and base64 at the three
-    alignments: of each the inner characters, which depend on no neighbour. A 6-byte b"s3cr3t" gives `czNjcjN0`
-    (aligned), `MzY3IzdA`-like cuts for the other two, `733363723374` (hex), and so on.
+    alignments: of each the inner characters, which depend on no neighbour. So b"s3cr3t" is looked for as `s3cr3t`,
+    `733363723374` (hex), `%73%33%63%72%33%74`, and `czNjcjN0`, `MzY3Izd`, `zM2NyM3` (base64).
     """
     text = secret.decode("latin-1")
     forms = body_forms(secret) | {html.escape(text, quote).encode("latin-1") for quote in (True, False)}
@@ -1380,10 +1380,10 @@ class UsageReader:
 # ----------------------------------------------------------------------------------------------------------------------
 # 11. The loop: one thread, many conversations. A coroutine a connection, woken by `selectors`.
 #
-# Why not http.server's threads: they pass the interpreter lock at every system call. A bare threaded proxy without any
-# check reached 5,240 requests/s for 32 callers; this one, with all of them, passes that. Why not asyncio: its
-# transports cost more than all our checks. What waits without a descriptor (a secret command, a name look-up, a huge
-# JSON text) runs in a thread.
+# Why not http.server's threads: with 32 callers they hand over the interpreter lock at every system call, which costs
+# more than all the checks, and 500 streams would be 500 threads. Why not asyncio: its transports cost more than all the
+# checks as well (tests/benchmark.py has a proxy on it). What waits without a descriptor (a secret command, a name
+# look-up, a huge JSON text) runs in a thread.
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NEVER = float("inf")
@@ -2067,7 +2067,7 @@ class Answer:
 # 13. A caller's connection: the map, executed. Order is policy, so it stands here as plain lines.
 
 
-RUN_ID, COUNTER = os.urandom(6).hex(), itertools.count(1)    # an id tells requests apart, it guards nothing
+RUN_ID, COUNTER = os.urandom(4).hex(), itertools.count(1)    # an id tells requests apart, it guards nothing
 
 
 class Exchange:

@@ -515,6 +515,14 @@ class CommandUnderUs(BrokerTestCase):
                 run = self.run_command(["sh", "-c", f"exit {code}"])
                 self.assertEqual((run.returncode, run.stdout, run.stderr), (code, "", ""))
 
+    def test_needs_no_other_token_than_its_own(self):
+        run = self.run_command(["sh", "-c", "exit 5"], token=ABSENT)
+        self.assertEqual((run.returncode, run.stdout, run.stderr), (5, "", ""))
+
+    def test_keeps_a_no_proxy_that_means_everything(self):
+        env = self.environment(env={"NO_PROXY": "*", "no_proxy": "*"})
+        self.assertEqual((env["NO_PROXY"], env["no_proxy"]), ("*", "*"))
+
     def test_that_dies_of_a_signal_gives_128_and_its_number(self):
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
             with self.subTest(number):
