@@ -161,6 +161,12 @@ def stays_back(name: str, named: frozenset[str]) -> bool:
     return is_dropped(name, ANSWER_DROPPED, named)
 
 
+def end_to_end(headers: list[tuple[str, str]], dropped: Callable[[str, frozenset[str]], bool], own: frozenset[str]) -> str:
+    """The header lines that go on. Attack: long names, of which the cache would keep hundreds."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers
+                    if not (dropped if len(name) < 64 else dropped.__wrapped__)(name, own)])    # type: ignore[attr-defined]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Errors. Raised by checks, turned into an answer or an exit in one place each.
 #
@@ -267,6 +273,12 @@ class Redactor:
         self.inner = frozenset(byte for form in self.forms for byte in form[:-1])
         self.openings = frozenset(form[:size] for form in self.forms for size in (1, 2, 3))
 
+    def also(self, secret: Secret | None) -> Redactor:
+        """One that knows this secret too: that of a request in flight may have been rotated away long ago."""
+        if secret is None or secret.reveal() in self.secrets:
+            return self
+        return Redactor((*self.secrets, secret.reveal()))
+
     def has(self, data: bytes) -> bool:
         """Whether any form is in the data."""
         if len(data) < 600 and self.forms:
@@ -316,7 +328,8 @@ def guard_output(*values: str) -> None:
     """From now on none of these values comes out there; a word too short for a key is no secret, but would be everywhere."""
     global OUTPUT_REDACTOR
     values = tuple(value for value in values if len(value) >= 12)
-    OUTPUT_REDACTOR = Redactor(tuple(dict.fromkeys((*OUTPUT_REDACTOR.secrets, *values)))[-32:])
+    older = [value for value in OUTPUT_REDACTOR.secrets if value not in values]
+    OUTPUT_REDACTOR = Redactor((*older, *dict.fromkeys(values))[-32:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -364,6 +377,12 @@ class Head(NamedTuple):
     def keep_alive(self) -> bool:
         connection = words(self.fields["connection"]) if "connection" in self.fields else []
         return "close" not in connection if self.minor else "keep-alive" in connection
+
+    @property
+    def named_by_connection(self) -> frozenset[str]:
+        """The headers that are there and that `Connection` names, as `is_dropped` reads them."""
+        there = {name.replace("_", "-") for name in self.fields}
+        return frozenset(there.intersection(words(self.fields["connection"].replace("_", "-"))))
 
 
 def words(value: str) -> list[str]:
@@ -674,7 +693,9 @@ def secret_from_command(argv: list[str], folder: str, timeout_seconds: float, ca
             thread.start()
         process.wait(timeout_seconds)
         for thread in threads:
-            thread.join(1)              # not for ever: a child that it left behind may hold the pipe open
+            thread.join(0.5)
+        if any(thread.is_alive() for thread in threads):
+            kill_command(process)       # a child that it left behind holds the pipe open
     except subprocess.TimeoutExpired:
         kill_command(process)
         raise SecretUnavailable(f"{argv[0]} gave no answer within {timeout_seconds:g} seconds (timeout_seconds): is it "
@@ -912,7 +933,7 @@ KEYS: dict[str, tuple[Any, Check]] = {
     "max_request_bytes": (32 * MIB, number(1, BUFFERED_LIMIT, whole=True)),
     "upstream_timeout_seconds": (600, SECONDS),
     "max_concurrent_requests": (128, number(1, 10000, whole=True)),
-    "event_log": ("events.jsonl", text(r"[^\0]+", "the path of a file")),
+    "event_log": ("events.jsonl", text(r"[^\0\ud800-\udfff]+", "the path of a file")),
 }
 
 
@@ -939,8 +960,8 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For JSON objects: Python keeps the last of two equal keys, another parser may keep the first."""
     members = dict(pairs)
     if len(members) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {json.dumps(next(name for name in names if names.count(name) > 1)[:64])} is there twice")
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {json.dumps(twice[:64])} is there twice")
     return members
 
 
@@ -1202,6 +1223,7 @@ class Dry(NamedTuple):
     parts: list[str]                    # the same in pieces, for a stream
     head: Head
     body: dict[str, Any]
+    size: int                           # of the body, in bytes
     model: str
 
     @property
@@ -1312,7 +1334,7 @@ SHAPES: tuple[tuple[str, str, Callable[[Dry], Json]], ...] = (
     ("POST", "/responses", response),
     ("POST", "/embeddings", embeddings),
     ("POST", "/messages", message),
-    ("POST", "/messages/count_tokens", lambda dry: {"input_tokens": len(encode_json(dry.body)) // 4}),
+    ("POST", "/messages/count_tokens", lambda dry: {"input_tokens": dry.size // 4}),
     ("GET", "/models", models),
     ("POST", ":generateContent", generate_content),
     ("POST", ":streamGenerateContent", generate_content),
@@ -1326,7 +1348,7 @@ def dry_run_answer(head: Head, facts: BodyFacts, size: int, upstream: UpstreamCo
             f"{upstream.describe_credential()} attached. No secret was read and nothing was sent.")
     in_path = re.search(r"/models/([^/:]+)", head.path)
     model = (facts.model or (in_path[1] if in_path else "dry-run"))[:LOGGED_STRING_LIMIT]
-    dry = Dry(text, re.findall(r"(?:\S+\s*){1,6}", text), head, facts.json, model)
+    dry = Dry(text, re.findall(r"(?:\S+\s*){1,6}", text), head, facts.json, size, model)
     canned = next(shape for method, end, shape in SHAPES if method in ("", head.method) and head.path.endswith(end))(dry)
     if isinstance(canned, dict):
         return JSON_TYPE, [encode_json(canned.get("", canned)).encode()]
@@ -1743,9 +1765,9 @@ def outbound_head(head: Head, size: int, upstream: UpstreamConfig, secret: Secre
     """
     own = upstream.own_headers
     if "connection" in head.fields:
-        own = own.union(words(head.fields["connection"].replace("_", "-"))) - {"content-type"}
+        own |= head.named_by_connection - {"content-type"}
     lines = [f"{head.method} {upstream.path}{head.target} HTTP/1.1\r\nHost: {upstream.authority}\r\n"]
-    lines += [f"{name}: {value}\r\n" for name, value in head.headers if not stays_here(name, own)]
+    lines.append(end_to_end(head.headers, stays_here, own))
     if size or head.method in ("POST", "PUT", "PATCH"):
         lines.append(f"Content-Length: {size}\r\n")
     lines.append("Accept-Encoding: identity\r\n")       # the secret can't be found in a compressed answer
@@ -2026,9 +2048,9 @@ class Answer:
 
     def end_to_end_lines(self) -> bytes:
         """Status line and headers as they may go on to the caller."""
-        named = frozenset(words(self.head.fields["connection"].replace("_", "-"))) if "connection" in self.head.fields else NONE
-        lines = [f"{name}: {value}\r\n" for name, value in self.head.headers if not stays_back(name, named)]
-        return f"HTTP/1.1 {self.status} {self.head.reason}\r\n{''.join(lines)}".encode("latin-1")
+        named = self.head.named_by_connection if "connection" in self.head.fields else NONE
+        lines = end_to_end(self.head.headers, stays_back, named)
+        return f"HTTP/1.1 {self.status} {self.head.reason}\r\n{lines}".encode("latin-1")
 
     def ready(self) -> bytes:
         """The body's bytes that have come. Raises RequestError."""
@@ -2077,6 +2099,7 @@ class Exchange:
         self.log, self.id, self.began = log, f"{RUN_ID}{next(COUNTER):08x}", time.monotonic()
         self.head: Head | None = None
         self.caller: Caller | None = None
+        self.secret: Secret | None = None   # the one that was attached
         self.unread: Body | None = None     # of the request, what is still to come
         self.in_flight = False
         self.reserved = 0                   # bytes of the common body buffer
@@ -2125,6 +2148,7 @@ class Connection:
     def __init__(self, broker: Broker, sock: socket.socket) -> None:
         self.broker, self.channel = broker, Channel(broker.loop, sock)
         self.task: Task | None = None
+        self.looking = False                # for the end of a caller that pipelines a lot
 
     async def serve(self) -> None:
         self.task = self.broker.loop.running
@@ -2257,6 +2281,9 @@ class Connection:
 
     def on_input(self) -> None:
         """Something came from the caller while its request is in flight: its leaving, or the next request."""
+        if len(self.channel.buffer) > READ_AHEAD_LIMIT:
+            self.channel.watch_input(None)
+            return self.look_for_end()
         try:
             data = self.channel.recv_now()
         except OSError:
@@ -2265,19 +2292,20 @@ class Connection:
             self.cut(ClientDisconnected())
         elif data:
             self.channel.buffer += data
-            if len(self.channel.buffer) > READ_AHEAD_LIMIT:
-                self.channel.watch_input(None)
-                self.look_for_end()
 
     def look_for_end(self) -> None:
         """A caller that pipelines more than we read ahead may still leave: where the system tells, we look."""
-        if self.channel.closed or self in self.broker.waiting or sys.platform != "linux":
+        if self.looking or self.channel.closed or self in self.broker.waiting or sys.platform != "linux":
             return
         established = 1
         if self.channel.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != established:
             self.cut(ClientDisconnected())
         else:
-            self.broker.loop.after(0.5, self.look_for_end)
+            def again() -> None:
+                self.looking = False
+                self.look_for_end()
+            self.looking = True
+            self.broker.loop.after(0.5, again)
 
     async def send(self, data: bytes) -> None:
         try:
@@ -2292,6 +2320,7 @@ class Connection:
         broker, config = self.broker, self.broker.config
         secret = await broker.secrets.get()                                             # 10
         while True:
+            exchange.secret = secret
             raw = outbound_head(head, len(body), config.upstream, secret)               # 11
             answer = await broker.upstream.ask(head, raw, body, config.upstream_timeout)
             if answer.status != 401 or secret is None:
@@ -2310,7 +2339,8 @@ class Connection:
 
     async def relay(self, exchange: Exchange, head: Head, answer: Answer) -> bool:
         """The answer as it arrives: each piece at once, the secret redacted."""
-        fields, redactor = answer.head.fields, self.broker.redactor
+        fields, latest = answer.head.fields, self.broker.redactor
+        redactor = latest.also(exchange.secret)
         exchange.upstream_request_id = fields.get("x-request-id") or fields.get("request-id")
         stream, usage = RedactedStream(redactor), UsageReader(fields.get("content-type", ""))
         try:
@@ -2332,6 +2362,9 @@ class Connection:
                 if answer.body.done:
                     break
                 data = await answer.read()
+                if latest is not self.broker.redactor:      # a secret was rotated meanwhile
+                    latest = self.broker.redactor
+                    stream.redactor = latest.also(exchange.secret)
                 data = stream.feed(data, answer.body.done)
             if chunked:
                 await self.send(b"0\r\n\r\n")
@@ -2519,7 +2552,7 @@ class Broker:
             raise SecretUnavailable("it equals the caller token: give the callers a token of their own, see --new-token")
         if secret.reveal() not in self.redactor.secrets:
             self.redactor = Redactor((*self.redactor.secrets[-7:], secret.reveal()))
-            guard_output(secret.reveal())
+            guard_output(*filter(None, (self.token, self.next_token)), secret.reveal())
 
     def open(self) -> Listener:
         """Takes the port; connections wait in its queue until they are accepted. Raises OperationalError."""
@@ -2622,7 +2655,7 @@ class Broker:
         old = self.config
         try:
             new = load_config(old.file, old.dry_run, old.listen_port)
-            check_files(new)
+            check_files(new._replace(dry_run=old.dry_run))
             waits = [key for key in AFTER_RESTART if old.raw.get(key, KEYS[key][0]) != new.raw.get(key, KEYS[key][0])]
             upstream = old.upstream._replace(
                 extra_headers=new.upstream.extra_headers, own_headers=old.upstream.own_headers | new.upstream.own_headers,
@@ -2993,6 +3026,8 @@ def check(config: Config) -> int:
         print("the secret was resolved")
     broker.loop.spawn(check_upstream(broker, outcome := []))    # type: ignore[var-annotated]
     broker.loop.run()
+    if not outcome:
+        raise KeyboardInterrupt
     if isinstance(outcome[0], RequestError) and outcome[0].code == "upstream_tls_error":
         raise OperationalError(outcome[0].message)
     print(printable(f"the upstream can't be reached now: {outcome[0].message}" if isinstance(outcome[0], RequestError)
@@ -3034,7 +3069,7 @@ def report(config: Config) -> int:
             for line in stream:
                 try:
                     tally_event(json.loads(line), rows, pending)
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
                     unreadable += 1
     except OSError as error:
         raise OperationalError(f"{config.event_log} can't be read ({error.strerror}): has the broker run yet?") from None
@@ -3061,11 +3096,13 @@ def tally_event(event: Any, rows: dict[tuple[str, str, str], Tally], pending: di
         rows["-", str(event["path"] or "-"), "-"].denied[str(event["reason"])] += int(event.get("suppressed", 0)) + (
             "id" in event)              # the line at the stop only carries a count
     elif kind == "response":
-        row, usage = rows[pending.pop(str(event["id"]), ("-", "-", "-"))], event["usage"] or {}
+        duration, usage = float(event["duration_ms"]), event["usage"] or {}
+        tokens = int(usage.get("input_tokens", 0)), int(usage.get("output_tokens", 0))
+        row = rows[pending.pop(str(event["id"]), ("-", "-", "-"))]
         row.errors += event["outcome"] not in ("ok", "dry_run", "client_disconnected")
-        row.durations.append(float(event["duration_ms"]))
-        row.input_tokens += int(usage.get("input_tokens", 0))
-        row.output_tokens += int(usage.get("output_tokens", 0))
+        row.durations.append(duration)
+        row.input_tokens += tokens[0]
+        row.output_tokens += tokens[1]
     elif kind not in EVENT_FIELDS:
         raise ValueError(kind)
 
@@ -3111,6 +3148,8 @@ def parse_arguments(argv: list[str]) -> tuple[Any, list[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code. Every failure is one line on stderr."""
     options, command = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")    # a model's name may have any letters, a pipe may not
     ENDING.clear()
     try:
         if options.new_token:
