@@ -226,6 +226,19 @@ class Report(BrokerTestCase):
     def numbers(self, row):
         return [float(number) for number in re.findall(r"(?<![\w./-])[0-9]+(?:\.[0-9]+)?(?![\w/-])", row.replace(",", ""))]
 
+    def test_counts_lines_with_impossible_numbers_as_unreadable(self):
+        good, bad = self.pair(1, usage={"input_tokens": 3, "output_tokens": 4}), self.pair(2)
+        text = good + bad.replace('"duration_ms": 10', f'"duration_ms": 1{"0" * 400}')
+        text += self.pair(3).replace('"usage": null', '"usage": {"input_tokens": 1e999}')
+        run = self.report(text)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        self.assertIn("2 lines could not be read", run.stdout)
+
+    def test_survives_letters_that_the_terminal_does_not_have(self):
+        run = self.report(self.pair(1, model="\ubaa8\ub378"), env={"PYTHONIOENCODING": "cp1252"})
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        self.row(run, CHAT, "??")
+
     def test_counts_requests_errors_latency_and_tokens(self):
         text = "".join(
             self.pair(number, duration=number * 10, usage={"input_tokens": 100, "output_tokens": 7}) for number in range(1, 21)

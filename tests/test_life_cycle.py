@@ -523,6 +523,13 @@ class Reload(BrokerTestCase):
                 lambda: (self.served.write_config(new), os.chmod(self.served.config_path, 0o666)),
                 "broker_config.json",
             ),
+            "one that says it is for a dry-run only": (
+                lambda: (
+                    self.served.write_config({**new, "mode": "dry_run"}),
+                    os.chmod(self.served.config_path, 0o666),
+                ),
+                "broker_config.json",
+            ),
             "a token that is not set": (
                 lambda: self.served.write_config({**new, "client_token_env": "NOT_SET_ANYWHERE"}),
                 "NOT_SET_ANYWHERE",

@@ -2,9 +2,11 @@
 
 import base64
 import html
+import itertools
 import json
 import os
 import string
+import threading
 import urllib.parse
 
 from tests.support import BrokerTestCase, Puppet, make_executable, posix_only, seeded
@@ -336,6 +338,81 @@ class SecretsOfEveryKind(BrokerTestCase):
 
 
 class ARotatedSecret(BrokerTestCase):
+    def rotating(self, stub, **more):
+        """A broker whose secret is another one for each request; and a function that makes the next one."""
+        folder = self.folder()
+        script = make_executable(folder, "get-secret", "cat secret")
+        source = {"kind": "command", "argv": [script], "cache_seconds": 0}
+        count = itertools.count()
+
+        def rotate():
+            secret = random_secret(seeded(f"rotation {next(count)}"))
+            with open(os.path.join(folder, "secret"), "w", encoding="ascii") as file:
+                file.write(secret)
+            return secret
+
+        rotate()
+        broker = self.broker(stub, config={"secret_source": source}, folder=folder, **more)
+        return broker, lambda: (secret := rotate(), broker.also_secret(secret))[0]
+
+    @posix_only
+    def test_is_hidden_in_the_answer_to_its_own_request_however_many_came_after_it(self):
+        release = threading.Event()
+
+        def hold(conn, request):
+            conn.hold(release)
+            conn.respond_json({"bad key": request.header("Authorization")}, 400)
+
+        stub = self.stub(hold)
+        broker, rotate = self.rotating(stub)
+        rotate()
+        with broker.connect() as caller:
+            caller.send(broker.head("GET", MODELS))
+            stub.wait_for_requests(1)
+            stub.script(lambda conn, request: conn.respond_json({}))
+            for _ in range(20):
+                rotate()
+                self.assertEqual(broker.request("GET", MODELS).status, 200)
+            release.set()
+            self.assertEqual(caller.read_answer().json(), {"bad key": "Bearer [redacted]"})
+
+    @posix_only
+    def test_that_is_rotated_in_during_a_stream_is_hidden_in_it_too(self):
+        rotated = threading.Event()
+        shown = []
+
+        def stream(conn, request):
+            conn.start_stream("text/plain")
+            conn.chunk(b"<")
+            conn.hold(rotated)
+            conn.chunk(shown[0].encode())
+            conn.chunk(b">")
+            conn.end()
+
+        stub = self.stub(stream)
+        broker, rotate = self.rotating(stub)
+        rotate()
+        with broker.connect() as caller:
+            caller.send(broker.head("GET", MODELS))
+            stub.wait_for_requests(1)
+            caller.read_until(b"<")
+            stub.script(lambda conn, request: conn.respond_json({}))
+            shown.append(rotate())
+            self.assertEqual(broker.request("GET", MODELS).status, 200)
+            rotated.set()
+            self.assertIn(b"[redacted]", caller.read_until(b">"))
+
+    @posix_only
+    def test_does_not_push_the_token_out_of_what_the_log_hides(self):
+        stub = self.stub()
+        broker, rotate = self.rotating(stub)
+        broker.check_token_in_answers = False  # whoever shows it in a path may read it there
+        for _ in range(40):
+            rotate()
+            self.assertEqual(broker.request("GET", MODELS).status, 200)
+        self.assertEqual(broker.request("GET", f"/v1/{broker.token}").status, 403)
+        self.assertEqual(broker.wait_event(event="denied")["path"], "/v1/[redacted]")
+
     @posix_only
     def test_is_hidden_like_the_one_of_today(self):
         stub, folder = self.stub(), self.folder()

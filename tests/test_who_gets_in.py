@@ -761,6 +761,11 @@ class JsonBody(DoorTestCase):
     def post(self, body):
         return self.ask("POST", CHAT, [JSON], body=body)
 
+    def test_with_one_of_many_keys_twice_holds_nobody_up(self):
+        keys = [f'"{number}": 1' for number in range(60000)]
+        answer = self.post(f"{{{', '.join([*keys, keys[-1]])}}}".encode())
+        self.assert_refused(answer, 400, "invalid_json")
+
     def test_is_one_strict_object(self):
         cases = {
             "an array": b"[]",
