@@ -638,7 +638,7 @@ class SecretSource(NamedTuple):
 
     def describe(self) -> str:
         return {"env": f"environment variable {self.variable}", "none": "no credential",
-                "command": f"command {self.options.get('argv', [''])[0]}"}[self.kind]
+                "command": f"command {self.options.get('argv', [''])[0]}"}.get(self.kind, self.kind)
 
 
 def take_variable(name: str) -> str | None:
