@@ -345,15 +345,15 @@ class ARotatedSecret(BrokerTestCase):
         source = {"kind": "command", "argv": [script], "cache_seconds": 0}
         count = itertools.count()
 
-        def rotate():
-            secret = random_secret(seeded(f"rotation {next(count)}"))
+        def rotate(secret=None):
+            secret = secret or random_secret(seeded(f"rotation {next(count)}"))
             with open(os.path.join(folder, "secret"), "w", encoding="ascii") as file:
                 file.write(secret)
             return secret
 
         rotate()
         broker = self.broker(stub, config={"secret_source": source}, folder=folder, **more)
-        return broker, lambda: (secret := rotate(), broker.also_secret(secret))[0]
+        return broker, lambda secret=None: secret and rotate(secret) or (new := rotate(), broker.also_secret(new))[0]
 
     @posix_only
     def test_is_hidden_in_the_answer_to_its_own_request_however_many_came_after_it(self):
@@ -412,6 +412,18 @@ class ARotatedSecret(BrokerTestCase):
             self.assertEqual(broker.request("GET", MODELS).status, 200)
         self.assertEqual(broker.request("GET", f"/v1/{broker.token}").status, 403)
         self.assertEqual(broker.wait_event(event="denied")["path"], "/v1/[redacted]")
+
+    @posix_only
+    def test_that_was_an_ordinary_word_of_the_log_is_hidden_there_from_then_on(self):
+        broker, rotate = self.rotating(self.stub())
+        word = "sk-an-ordinary-word-0123456789"
+        paths = []
+        for _ in range(2):
+            self.assertEqual(broker.request("GET", f"/v1/{word}").status, 403)
+            paths.append(broker.wait_event(event="denied", count=len(paths) + 1)["path"])
+            rotate(word)
+            self.assertEqual(broker.request("GET", MODELS).status, 200)
+        self.assertEqual(paths, [f"/v1/{word}", "/v1/[redacted]"])
 
     @posix_only
     def test_is_hidden_like_the_one_of_today(self):
