@@ -1452,7 +1452,8 @@ class UsageReader:
     def _add(self, found: Any) -> None:
         for name, count in found.items() if isinstance(found, dict) else ():
             if name in self.NAMES and type(count) is int and 0 <= count < 10 ** 12:
-                self.usage = {**(self.usage or {}), self.NAMES[name]: count}
+                self.usage = self.usage or {}
+                self.usage[self.NAMES[name]] = count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1912,8 +1913,7 @@ class Upstream:
     async def _send(channel: Channel, pieces: list[Any], silence: float) -> bool:
         """Whether all was taken; if not, the upstream has answered before (413, say), or closed."""
         sent = 0
-        for piece in pieces:
-            view = memoryview(piece)
+        for view in pieces:
             while view:
                 try:
                     count = channel.send_now(view)
@@ -1929,7 +1929,7 @@ class Upstream:
                         raise Stale(unread=True) from None
                     return False        # what it said before it closed may still be there to read
                 sent += count
-                view = view[count:]
+                view = memoryview(view)[count:] if count < len(view) else b""
         return True
 
     def _take_idle(self) -> Channel | None:
