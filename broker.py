@@ -78,7 +78,7 @@ __version__ = "1.0.0"
 
 KIB, MIB = 1024, 1024 * 1024
 HEAD_LIMIT, HEADER_COUNT_LIMIT = 32 * KIB, 100      # Node allows 16 KiB; Apache and CPython 100 headers
-CACHED_HEAD_LIMIT = 4 * KIB
+REMEMBERED_HEAD_LIMIT, REMEMBERED_HEADER_COUNT = 3 * KIB, 40
 HEAD_SECONDS = 10                       # from a head's first byte to its last
 BODY_SILENCE_SECONDS = 30
 IDLE_SECONDS = 60                       # a caller's connection with nothing said, and a kept upstream one
@@ -377,7 +377,7 @@ class Headers:
         self.passed: dict[tuple[bool, frozenset[str]], str] = {}    # what `end_to_end` found
         self.connection = words(self.fields.get("connection", ""))
         # What `Connection` names, as `is_dropped` reads it.
-        self.named = frozenset(name.replace("_", "-") for name in self.connection if name not in ("", "close", "keep-alive"))
+        self.named = frozenset(name.replace("_", "-") for name in self.connection if name)
 
     def end_to_end(self, table: re.Pattern[str], own: frozenset[str]) -> str:
         """The lines that go on: not in the table, not in `own`, and not named by `Connection`, but for the body's type."""
@@ -389,12 +389,10 @@ class Headers:
         return lines
 
 
-# A client sends the same lines again and again, but for their Content-Length. Attack: long ones, to fill the memory.
-parse_headers = functools.lru_cache(maxsize=64)(Headers)
-
-
 class Head:
     """The whole head of a message, its empty line included. Raises Malformed. Attack: two readings of where it ends."""
+
+    remembered: Callable[[str], Headers]    # for each direction its own
 
     def __init__(self, raw: bytes, first_line: re.Pattern[str]) -> None:
         text, self.raw = raw[:-2].decode("latin-1"), raw
@@ -409,7 +407,9 @@ class Head:
         if line is None:
             raise Malformed("its first line is not HTTP/1.1's")
         self.line, self.minor = line, line["minor"] == "1"
-        self.headers = parse_headers(rest) if len(rest) <= CACHED_HEAD_LIMIT else Headers(rest)
+        # The same lines come again and again, but for their Content-Length. Attack: long or many ones, to fill the memory.
+        common = len(rest) <= REMEMBERED_HEAD_LIMIT and rest.count("\n") <= REMEMBERED_HEADER_COUNT
+        self.headers = self.remembered(rest) if common else Headers(rest)
         self.fields, self.repeated = self.headers.fields, self.headers.repeated
         coding = self.fields.get("transfer-encoding")
         self.chunked = coding is not None
@@ -425,6 +425,8 @@ class Head:
 class RequestHead(Head):
     """A request's head, its path and Host in the one accepted form."""
 
+    remembered = staticmethod(functools.lru_cache(maxsize=16)(Headers))
+
     def __init__(self, raw: bytes) -> None:
         super().__init__(raw, REQUEST_LINE)
         self.method, self.target = str(self.line[1]), str(self.line[2])
@@ -439,6 +441,8 @@ class RequestHead(Head):
 
 
 class AnswerHead(Head):
+    remembered = staticmethod(functools.lru_cache(maxsize=16)(Headers))
+
     def __init__(self, raw: bytes) -> None:
         super().__init__(raw, STATUS_LINE)
         self.status, self.reason = int(self.line[2]), self.line[3] or ""
@@ -1060,7 +1064,9 @@ FOREIGN_FIELDS = ("method", "path", "model", "upstream_request_id")
 @functools.lru_cache(maxsize=256)
 def shown(value: str) -> str:
     """A string that somebody else chose, as it may stand in the log. The same few come again and again."""
-    return OUTPUT_REDACTOR.text(value)[:LOGGED_STRING_LIMIT]
+    text = OUTPUT_REDACTOR.text(value)[:LOGGED_STRING_LIMIT]
+    # Attack: with a secret that has a backslash, a string that JSON's escapes turn into it.
+    return "[redacted]" if OUTPUT_REDACTOR.has(encode_json(text).encode()) else text
 
 
 class EventLog:
@@ -1164,7 +1170,8 @@ class Caller(NamedTuple):
 
 def check_host(head: RequestHead, config: Config) -> None:
     """Attack: DNS rebinding. A page's own name is made to point at 127.0.0.1; its Host header gives it away."""
-    if host_name(head.fields["host"]) not in config.allowed_hosts:
+    field = head.fields["host"]
+    if (host_name if len(field) <= 256 else host_name.__wrapped__)(field) not in config.allowed_hosts:
         raise RequestError("host_not_allowed", "the Host header names a host that is not in the broker's allowed_hosts: call "
                            "it as 127.0.0.1 or localhost, or add the name to its configuration")
 
@@ -1436,9 +1443,11 @@ class UsageReader:
 
     def _parse(self, data: bytes) -> None:
         try:
-            # Where there is but one such key, there is no need to read all the rest.
+            # Where it is the last member of the object, there is no need to read all the rest.
             if data.count(b'"usage') == 1 and (key := USAGE_KEY.search(data)):
-                return self._add(ANY_JSON.raw_decode(data[key.end():].decode())[0])
+                found, end = ANY_JSON.raw_decode(text := data[key.end():].decode())
+                if text[end:].strip() == "}":
+                    return self._add(found)
             answer = ANY_JSON.decode(data.decode())
         except (ValueError, RecursionError):
             return

@@ -348,6 +348,12 @@ USAGE = {
         (4, 5),
     ),
     "none": (CHAT, {"choices": []}, None),
+    "none, but what the model wrote looks like it": (
+        "/v1/messages",
+        {"content": [{"type": "tool_use", "input": {"usage": {"input_tokens": 424242}}}]},
+        None,
+    ),
+    "Anthropic, with more behind it": ("/v1/messages", {"usage": {"input_tokens": 7, "output_tokens": 8}, "x": [{}]}, (7, 8)),
     "none, streamed": (CHAT, [(None, openai_chunk()), (None, "[DONE]")], None),
 }
 
@@ -660,6 +666,18 @@ class WhatOthersChose(EventLogTestCase):
         self.assertEqual(len(text.splitlines()), text.count("\n"))
         self.assertEqual(len(whole_log(self.served.log_path)), text.count("\n"))
         self.assertNotIn("forged", [event.get("id") for event in self.served.events()])
+
+    def test_does_not_become_the_secret_by_the_escapes_of_json(self):
+        # Attack: the secret has a backslash, and what the caller sends is it without.
+        for secret, model in (
+            ('sk-0123456789\\"abcdef', "sk-0123456789\\u0022abcdef"),
+            ("sk-0123456789\\u00e9abcdef", "sk-0123456789éabcdef"),
+        ):
+            with self.subTest(secret):
+                broker = self.broker(self.stub(lambda conn, request: conn.respond_json({})), secret=secret)
+                answer = broker.request("POST", CHAT, f'{{"model": "{model}"}}'.encode(), [("Content-Type", "application/json")])
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(broker.wait_event(event="request")["model"], "[redacted]")
 
     def test_brings_no_secret_and_no_token_in(self):
         # The leak check at the end looks for them in all forms; here are the ways in which they may come.

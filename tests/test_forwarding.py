@@ -205,6 +205,11 @@ class TheConnectionHeader(ForwardingTestCase):
                 self.assertEqual(self.served.request("GET", "/v1/models", headers=headers).status, 200)
                 self.assertEqual(seen(self.only_request()), self.ours(("X-Other", "2")))
 
+    def test_removes_a_header_whose_name_is_one_of_its_own_words(self):
+        headers = [("Connection", "close"), ("Close", "1"), ("X-Other", "2")]
+        self.assertEqual(self.served.request("GET", "/v1/models", headers=headers).status, 200)
+        self.assertEqual(seen(self.only_request()), self.ours(("X-Other", "2")))
+
     def test_reads_an_underscore_as_a_hyphen(self):
         for named, header in (("X_Mine", "X_Mine"), ("X_Mine", "X-Mine"), ("X-Mine", "X_Mine")):
             with self.subTest(named, header=header):

@@ -1,5 +1,6 @@
 """Many callers at once: none waits for another, none takes what is another's, and nothing of them stays."""
 
+import string
 import threading
 import unittest
 
@@ -367,6 +368,21 @@ def has_ended(caller):
         return False
     finally:
         caller.settimeout(10)
+
+
+class StrangersHeads(LoadTestCase):
+    @linux_only
+    def test_do_not_stay_in_memory(self):
+        broker = self.broker(self.stub())
+        names = [a + b for a in string.ascii_letters for b in string.ascii_letters]
+        many = "".join(f"{name}:\r\n" for name in names[:600])
+        listed = f"Connection: {','.join(names[:950])}\r\n"
+        before = broker.rss_anon_kb()
+        for number in range(70):
+            for lines, status in ((many, 431), (listed, 200)):
+                head = f"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: {number}\r\n{lines}\r\n"
+                self.assertEqual(broker.raw_answers(head.encode(), half_close=True)[0].status, status)
+        self.assertLess(broker.rss_anon_kb() - before, 4 << 10)
 
 
 class Churn(LoadTestCase):
