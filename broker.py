@@ -1037,7 +1037,8 @@ def check_together(config: Config) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Event log: one JSON object a line, one write a line. The only writer.
 #
-# To add a field: its name in EVENT_FIELDS; an unlisted field is a programming error.
+# To add a field: its name in EVENT_FIELDS, and in FOREIGN_FIELDS if others choose what is in it. An unlisted field is a
+# programming error.
 
 EVENT_FIELDS = {event: dict.fromkeys(names.split()) for event, names in {
     "start": "mode version listen",
@@ -1113,7 +1114,7 @@ class EventLog:
         self.fd, self.torn = fd, torn
 
     def append(self, event: str, fields: dict[str, Any]) -> None:
-        """Writes one line; the secret and the tokens are redacted in it."""
+        """Writes one line; in what others chose the secret and the tokens are redacted."""
         if not fields.keys() <= EVENT_FIELDS[event].keys():
             raise KeyError(event)
         for name in FOREIGN_FIELDS:
