@@ -366,16 +366,15 @@ class Headers:
         if len(found) != text.count("\n"):
             raise Malformed("a header is not `Name: value` with CRLF at its end")
         self.lines = [(name, value.strip("\t ")) for name, value in found]
-        self.fields: dict[str, str] = {}        # the first value for each lower-case name; of Connection all
+        self.fields: dict[str, str] = {}        # the first value for each lower-case name
         self.repeated: set[str] = set()         # names that came more than once
         for name, value in self.lines:
             if (name := name.lower()) not in self.fields:
                 self.fields[name] = value
             else:
                 self.repeated.add(name)
-                self.fields[name] += f", {value}" if name == "connection" else ""
         self.passed: dict[tuple[bool, frozenset[str]], str] = {}    # what `end_to_end` found
-        self.connection = words(self.fields.get("connection", ""))
+        self.connection = words(",".join([value for name, value in self.lines if name.lower() == "connection"]))
         # What `Connection` names, as `is_dropped` reads it.
         self.named = frozenset(name.replace("_", "-") for name in self.connection if name)
 
