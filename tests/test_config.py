@@ -16,14 +16,15 @@ from tests.support import (
     SECRET_VARIABLE,
     TOKEN_VARIABLE,
     BrokerTestCase,
+    SharedBroker,
     canary,
+    eventually,
     free_port,
-    fresh_token,
     make_config,
     make_executable,
-    minimal_environment,
     posix_only,
     run_broker,
+    run_each,
 )
 
 EXAMPLES = [
@@ -42,44 +43,9 @@ WHOLE = """
 """
 
 
-# Calls main() with each list of arguments and notes exit code and output. File descriptors are
-# turned aside, not sys.stderr: it does not matter how the broker writes.
-MANY_CALLS = """
-import json, os, sys, tempfile
-sys.path.insert(0, sys.argv[1])
-import broker
-results = []
-for arguments in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as said:
-        kept = os.dup(1), os.dup(2)
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
-        try:
-            code = broker.main(arguments)
-        finally:
-            sys.stdout.flush()
-            os.dup2(kept[0], 1)
-            os.dup2(kept[1], 2)
-        said.seek(0)
-        results.append((code, said.read().decode()))
-with open(sys.argv[2], "w") as file:
-    json.dump(results, file)
-"""
+class Judge:
+    """What wrong configurations have in common, for classes with a broker and for those without one."""
 
-
-def run_all(runs):
-    """Run many short-lived brokers, a few at a time: {case: keywords of run_broker} -> {case: run}."""
-
-    def run_one(keywords):
-        # A wrong configuration that is let in would serve for ever.
-        return run_broker(*keywords.pop("args", ()), **{"config": {}, "timeout": 20, **keywords})
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        futures = {case: pool.submit(run_one, dict(keywords)) for case, keywords in runs.items()}
-    return futures
-
-
-class ConfigTestCase(BrokerTestCase):
     def assert_wrong(self, run, *named, code=2):
         """It ended with this code and said so in one line that names the file and all of `named`."""
         self.assertEqual(run.returncode, code, run.stderr)
@@ -89,46 +55,60 @@ class ConfigTestCase(BrokerTestCase):
         for name in named:
             self.assertIn(name, lines[0])
 
+
+class ConfigTestCase(Judge, BrokerTestCase):
+    pass
+
+
+class FilesTestCase(Judge, SharedBroker):
+    """Files shown to a running broker, one after the other: a reload reads them as a start does, and takes
+    milliseconds where a start takes a good part of a second. Where nobody can be told to reload, starts."""
+
+    def assert_each_refused(self, files):
+        """Each of {case: (text, words)} changes nothing, and one line names the file and all of these words."""
+        if os.name != "posix":
+            runs = {case: {"config_text": text, "args": ["--check"]} for case, (text, _) in files.items()}
+            for case, run in run_each(runs).items():
+                with self.subTest(case):
+                    self.assert_wrong(run(), "broker_config.json", *files[case][1])
+            return
+        for case, (text, words) in files.items():
+            with self.subTest(case):
+                said = self.served.reload(text)
+                for word in ("broker_config.json", *words):
+                    self.assertIn(word, said)
+        self.assertEqual(self.served.events("reload"), [])
+
     def assert_each_wrong(self, key, values):
         """Every one of these values for this key is refused in a line that names file and key."""
-        # One start as a user makes it; a start for every value would take half a minute.
-        case, value = next(iter(values.items()))
-        with self.subTest(key=key, value=case, start="real"):
-            self.assert_wrong(run_broker(config={key: value}, timeout=20), "broker_config.json", key)
-        texts = {case: json.dumps(make_config(NOBODY, {key: value})) for case, value in values.items()}
-        for case, (code, said) in self.check_each(texts, "--check").items():
-            with self.subTest(key=key, value=case):
-                self.assert_said(code, said, "broker_config.json", key)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            # One start as a user makes it, meanwhile.
+            started = pool.submit(run_broker, config={key: next(iter(values.values()))}, timeout=20)
+            texts = {case: json.dumps(make_config(NOBODY, {key: value})) for case, value in values.items()}
+            self.assert_each_refused({case: (text, [key]) for case, text in texts.items()})
+        with self.subTest(key=key, start="real"):
+            self.assert_wrong(started.result(), "broker_config.json", key)
 
-    def assert_said(self, code, said, *named):
-        self.assertEqual((code, said.count("\n")), (2, 1), said)
-        for name in named:
-            self.assertIn(name, said)
-
-    def check_each(self, texts, *args):
-        """Files with these texts, one after the other in one process: {case: (exit code, output)}."""
-        folder = self.folder()
-        calls = []
-        for number, text in enumerate(texts.values()):
-            path = os.path.join(folder, str(number), "broker_config.json")
-            os.mkdir(os.path.dirname(path), 0o700)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-                file.write(text if isinstance(text, bytes) else text.encode())
-            calls.append([*args, "--config", path])
-        results = os.path.join(folder, "results.json")
-        variables = {SECRET_VARIABLE: canary(), TOKEN_VARIABLE: fresh_token(), "PYTHONDONTWRITEBYTECODE": "1"}
-        argv = [sys.executable, "-c", MANY_CALLS, ROOT, results]
-        env = minimal_environment(variables)
-        subprocess.run(argv, input=json.dumps(calls).encode(), env=env, check=True, timeout=60)
-        with open(results, encoding="utf-8") as file:
-            return dict(zip(texts, json.load(file)))
+    def assert_each_taken(self, files):
+        """Each of {case: text} is a good one."""
+        if os.name != "posix":
+            runs = {case: {"config_text": text, "args": ["--check", "--dry-run"]} for case, text in files.items()}
+            for case, run in run_each(runs).items():
+                with self.subTest(case):
+                    self.assertEqual(run().returncode, 0, run().stderr)
+            return
+        for case, text in files.items():
+            with self.subTest(case):
+                before = len(self.served.events("reload"))
+                said = self.served.reload(text)
+                eventually(lambda: len(self.served.events("reload")) > before, 2, said)  # noqa: B023
 
 
 def by_repr(*values):
     return {repr(value)[:60]: value for value in values}
 
 
-class WrongValue(ConfigTestCase):
+class WrongValue(FilesTestCase):
     """Each is one line, exit code 2, naming the file and the key."""
 
     def test_listen_host_is_the_loopback_address_and_no_other(self):
@@ -309,7 +289,9 @@ class WrongValue(ConfigTestCase):
         self.assert_each_wrong("event_log", by_repr("", 5, None, True, ["events.jsonl"], "a\0b"))
 
 
-class RightValue(ConfigTestCase):
+class RightValue(FilesTestCase):
+    broker_options = {"dry_run": True}
+
     def test_of_every_key_is_let_in(self):
         command = {"kind": "command", "argv": ["op", "read", "op://a/b/c"], "timeout_seconds": 5, "cache_seconds": 0}
         values = {
@@ -352,12 +334,10 @@ class RightValue(ConfigTestCase):
             for key, choices in values.items()
             for value in choices
         }
-        for case, (code, said) in self.check_each(texts, "--check", "--dry-run").items():
-            with self.subTest(case):
-                self.assertEqual(code, 0, said)
+        self.assert_each_taken(texts)
 
 
-class WrongFile(ConfigTestCase):
+class WrongFile(FilesTestCase):
     def test_is_told_in_one_line(self):
         cases = {
             "empty": "",
@@ -375,25 +355,22 @@ class WrongFile(ConfigTestCase):
             "too deep": '{"a": ' + "[" * 100000,
             "a number too long": '{"listen_port": ' + "1" * 10000 + "}",
         }
-        for case, (code, said) in self.check_each(cases, "--check").items():
-            with self.subTest(case):
-                self.assert_said(code, said, "broker_config.json")
+        self.assert_each_refused({case: (text, []) for case, text in cases.items()})
+        with self.subTest("at the start"):
+            self.assert_wrong(run_broker(config_text=cases["no JSON"], timeout=20), "broker_config.json")
 
     def test_with_a_number_that_is_none_names_the_key(self):
-        for number in ("1e999", "-1e999"):
-            run = run_broker(config_text="{" + WHOLE + f', "upstream_timeout_seconds": {number}}}', timeout=20)
-            self.assert_wrong(run, "broker_config.json", "upstream_timeout_seconds")
+        key = "upstream_timeout_seconds"
+        self.assert_each_refused({number: ("{" + WHOLE + f', "{key}": {number}}}', [key]) for number in ("1e999", "-1e999")})
 
     def test_with_a_key_twice_names_the_key(self):
         cases = {
-            "at the top": ('"listen_port": 0,' + WHOLE, "listen_port"),
-            "with the same value": (WHOLE + ', "mode": "proxy", "mode": "proxy"', "mode"),
-            "in the secret source": (WHOLE.replace('"kind": "env"', '"kind": "none", "kind": "env"'), "kind"),
-            "in the extra headers": (WHOLE + ', "extra_headers": {"X": "a", "X": "b"}', "X"),
+            "at the top": ('"listen_port": 0,' + WHOLE, ["listen_port"]),
+            "with the same value": (WHOLE + ', "mode": "proxy", "mode": "proxy"', ["mode"]),
+            "in the secret source": (WHOLE.replace('"kind": "env"', '"kind": "none", "kind": "env"'), ["kind"]),
+            "in the extra headers": (WHOLE + ', "extra_headers": {"X": "a", "X": "b"}', ["X"]),
         }
-        for case, (text, key) in cases.items():
-            with self.subTest(case):
-                self.assert_wrong(run_broker(config_text="{" + text + "}", timeout=20), "broker_config.json", key)
+        self.assert_each_refused({case: ("{" + text + "}", keys) for case, (text, keys) in cases.items()})
 
     def test_with_an_unknown_key_names_it_and_the_nearest_known_one(self):
         cases = {
@@ -406,16 +383,11 @@ class WrongFile(ConfigTestCase):
             "max_request_byte": "max_request_bytes",
             "event-log": "event_log",
         }
-        texts = {key: json.dumps(make_config(NOBODY, {key: 1})) for key in cases}
-        for key, (code, said) in self.check_each(texts, "--check").items():
-            with self.subTest(key):
-                self.assert_said(code, said, "broker_config.json", f'"{key}"', f'"{cases[key]}"')
-        with self.subTest("nothing near"):
-            self.assert_wrong(run_broker(config={"zzz": 1}, timeout=20), "broker_config.json", '"zzz"')
-        with self.subTest("in the secret source"):
-            source = {"kind": "command", "argv": ["true"], "timeout_second": 5}
-            run = run_broker(config={"secret_source": source}, timeout=20)
-            self.assert_wrong(run, "broker_config.json", "timeout_second", "timeout_seconds")
+        files = {key: ({key: 1}, [f'"{key}"', f'"{near}"']) for key, near in cases.items()}
+        files["nothing near"] = ({"zzz": 1}, ['"zzz"'])
+        source = {"kind": "command", "argv": ["true"], "timeout_second": 5}
+        files["in the secret source"] = ({"secret_source": source}, ["timeout_second", "timeout_seconds"])
+        self.assert_each_refused({case: (json.dumps(make_config(NOBODY, more)), words) for case, (more, words) in files.items()})
 
     def test_that_is_missing_or_a_folder_is_named(self):
         run = run_broker("--config", "nowhere.json", timeout=20)
@@ -478,9 +450,9 @@ class TheToken(ConfigTestCase):
             "not ASCII": "é" * 20,
         }
         runs = {case: {"token": token} for case, token in cases.items()}
-        for case, future in run_all(runs).items():
+        for case, future in run_each(runs).items():
             with self.subTest(case):
-                run = future.result()
+                run = future()
                 self.assertEqual(run.returncode, 2, run.stderr)
                 self.assertEqual(run.stderr.count("\n"), 1, run.stderr)
                 self.assertIn(TOKEN_VARIABLE, run.stderr)
@@ -505,16 +477,16 @@ class TheToken(ConfigTestCase):
         self.assertEqual(run.returncode, 1, run.stderr)
 
     def test_may_be_done_without_only_where_the_default_hosts_are_let_in(self):
-        runs = run_all(
+        runs = run_each(
             {
                 "default": {"config": {"client_token_env": None}, "args": ["--check"]},
                 "fewer": {"config": {"client_token_env": None, "allowed_hosts": ["localhost"]}, "args": ["--check"]},
                 "more": {"config": {"client_token_env": None, "allowed_hosts": ["localhost", "broker"]}},
             }
         )
-        self.assertEqual(runs["default"].result().returncode, 0)
-        self.assertEqual(runs["fewer"].result().returncode, 0)
-        self.assert_wrong(runs["more"].result(), "broker_config.json", "client_token_env", "allowed_hosts")
+        self.assertEqual(runs["default"]().returncode, 0)
+        self.assertEqual(runs["fewer"]().returncode, 0)
+        self.assert_wrong(runs["more"](), "broker_config.json", "client_token_env", "allowed_hosts")
 
     def test_without_one_is_warned_about(self):
         run = run_broker("--check", config={"client_token_env": None})
@@ -536,9 +508,9 @@ class TheSecret(ConfigTestCase):
             "not ASCII": "é" * 20,
         }
         runs = {case: {"secret": secret} for case, secret in cases.items()}
-        for case, future in run_all(runs).items():
+        for case, future in run_each(runs).items():
             with self.subTest(case):
-                run = future.result()
+                run = future()
                 self.assertEqual(run.returncode, 1, run.stderr)
                 self.assertEqual(run.stderr.count("\n"), 1, run.stderr)
                 self.assertIn("broker_config.json", run.stderr)
@@ -548,20 +520,19 @@ class TheSecret(ConfigTestCase):
                 self.assertNotIn("s" * 15, run.stderr)
 
     def test_of_16_and_of_4096_characters_and_with_one_line_end_will_do(self):
-        for secret in ("s" * 16, "s" * 4096, "s" * 40 + "\n", "s" * 40 + "\r\n", "".join(map(chr, range(33, 127)))):
+        secrets = ("s" * 16, "s" * 4096, "s" * 40 + "\n", "s" * 40 + "\r\n", "".join(map(chr, range(33, 127))))
+        for secret, run in run_each({secret: {"args": ["--check"], "secret": secret} for secret in secrets}).items():
             with self.subTest(len(secret)):
-                run = run_broker("--check", config={}, secret=secret)
-                self.assertEqual(run.returncode, 0, run.stderr)
+                self.assertEqual(run().returncode, 0, run().stderr)
 
 
 class Examples(ConfigTestCase):
     def test_are_valid_as_they_stand(self):
-        for name in EXAMPLES:
+        args = ["--check", "--dry-run", "--config"]
+        runs = {name: {"config": None, "args": [*args, os.path.join(ROOT, name)]} for name in EXAMPLES}
+        for name, run in run_each(runs).items():
             with self.subTest(name):
-                path = os.path.join(ROOT, name)
-                self.assertTrue(os.path.exists(path))
-                run = run_broker("--check", "--dry-run", "--config", path)
-                self.assertEqual(run.returncode, 0, run.stderr)
+                self.assertEqual(run().returncode, 0, run().stderr)
 
     def test_serve_a_dry_run_as_they_stand(self):
         for name in EXAMPLES:
@@ -668,9 +639,9 @@ class TheEventLogFile(ConfigTestCase):
             elsewhere = os.path.join(folder, "elsewhere")
             cases["it is a link"] = {"prepare": lambda run: os.symlink(elsewhere, run.log_path)}
             cases["it is a FIFO"] = {"prepare": lambda run: os.mkfifo(run.log_path)}
-        for case, future in run_all(cases).items():
+        for case, future in run_each(cases).items():
             with self.subTest(case):
-                run = future.result()
+                run = future()
                 self.assertEqual(run.returncode, 1, run.stderr)
                 self.assertIn("event_log", run.stderr)
         self.assertEqual(os.listdir(folder), [])

@@ -471,7 +471,7 @@ class Reload(BrokerTestCase):
         with open(cls.value, "w", encoding="ascii") as file:
             file.write(secret)
         cls.served = cls.class_broker(cls.upstream, config={"secret_source": source}, secret=secret, env=env)
-        cls.served.canaries.append(cls.other_token)
+        cls.served.also_token(cls.other_token)
 
     def setUp(self):
         self.upstream.forget()

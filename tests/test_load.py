@@ -350,7 +350,7 @@ class TooManyConnections(LoadTestCase):
             elif number % 5:
                 caller.reset()
         eventually(lambda: self.served.fd_count() <= before + 8, what="at most eight connections")
-        for caller in self.served._callers:
+        for caller in self.served.callers:
             caller.close()
         eventually(lambda: self.served.fd_count() <= before, what="the old number of descriptors")
 

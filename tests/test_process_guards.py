@@ -157,7 +157,7 @@ print(json.dumps(found))
             self.assertEqual(seen[name], "PermissionError", name)
         # Not what a broker looks like that has crashed.
         self.assertIn(b"broker.py".hex(), seen["cmdline"])
-        self.assertRegex(bytes.fromhex(seen["status"]), rb"(?m)^State:\s+S")
+        self.assertRegex(bytes.fromhex(seen["status"]), rb"(?m)^State:\s+[SR]")
 
     def test_find_no_secret_in_a_command_either(self):
         for arguments in ([], ["--dry-run"]):

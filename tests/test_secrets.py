@@ -879,7 +879,7 @@ class Reload(SecretsTestCase):
     def test_takes_the_token_from_the_variable_that_is_named_now(self):
         stub, other = self.stub(), fresh_token()
         broker = self.broker(stub, env={"OTHER_TOKEN": other})
-        broker.canaries.append(other)
+        broker.also_token(other)
         self.assert_refused(self.ask(broker, token=other), 401, "client_token_required")
         broker.write_config({**broker.config, "client_token_env": "OTHER_TOKEN"})
         self.reload(broker)
@@ -900,7 +900,7 @@ class Reload(SecretsTestCase):
         config = self.vault_config(vault)
         env = {SECRET_VARIABLE: ABSENT, "OTHER_TOKEN": other}
         broker = self.broker(stub, config=config, secret=vault.value, env=env)
-        broker.canaries.append(other)
+        broker.also_token(other)
         vault.show(other)
         broker.write_config({**broker.config, "client_token_env": "OTHER_TOKEN"})
         self.failed_reload(broker)
