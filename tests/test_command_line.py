@@ -1,6 +1,6 @@
 """The command line: what each call prints, how it ends, and what a command under us finds."""
 
-import contextlib
+import functools
 import http.client
 import json
 import os
@@ -23,6 +23,7 @@ from tests.support import (
     make_executable,
     posix_only,
     run_broker,
+    run_each,
 )
 
 CHAT = "/v1/chat/completions"
@@ -52,7 +53,7 @@ class ShortCalls(BrokerTestCase):
             self.assertIn(option, run.stdout)
 
     def test_new_token_prints_256_fresh_random_bits(self):
-        runs = [run_broker("--new-token") for _ in range(3)]
+        runs = [run() for run in run_each({number: {"args": ["--new-token"], "config": None} for number in range(3)}).values()]
         tokens = {run.stdout for run in runs}
         self.assertEqual(len(tokens), 3)
         for run in runs:
@@ -75,9 +76,9 @@ class ShortCalls(BrokerTestCase):
             ["a stray word"],
             ["--check", "--report"],
         ]
-        for args in cases:
-            with self.subTest(args):
-                run = run_broker(*args, config={}, timeout=20)
+        for case, call in run_each({" ".join(args): {"args": args} for args in cases}).items():
+            with self.subTest(case):
+                run = call()
                 self.assertEqual(run.returncode, 2, run.stderr)
                 self.assertTrue(run.stderr)
                 self.assertEqual(run.stdout, "")
@@ -136,9 +137,10 @@ class Check(BrokerTestCase):
             "a short token": ({"config": {}, "token": "short"}, 2),
             "a log in no folder": ({"config": {"event_log": "nowhere/events.jsonl"}}, 1),
         }
-        for case, (keywords, code) in cases.items():
+        calls = run_each({case: {"args": ["--check"], **keywords} for case, (keywords, _) in cases.items()})
+        for case, (_, code) in cases.items():
             with self.subTest(case):
-                run = run_broker("--check", **keywords)
+                run = calls[case]()
                 self.assertEqual(run.returncode, code, run.stderr)
                 self.assertNotIn("events.jsonl", run.files)
 
@@ -156,38 +158,33 @@ class Check(BrokerTestCase):
         self.assertEqual(stub.requests, [])
 
     def test_ends_with_1_at_a_bad_certificate(self):
-        for kind in ("expired", "wrong_host", "self_signed"):
+        kinds = ("expired", "wrong_host", "self_signed")
+        for kind, call in run_each({kind: {"args": ["--check"], "upstream": self.stub(tls=kind)} for kind in kinds}).items():
             with self.subTest(kind):
-                stub = self.stub(tls=kind)
-                run = run_broker("--check", config={}, upstream=stub)
+                run = call()
                 self.assertEqual(run.returncode, 1, run.stderr)
                 self.assertIn("certificate", run.stderr.lower())
 
     def test_repeats_the_warnings_of_a_start(self):
+        none = {"secret_source": {"kind": "none"}, "allowed_paths": ["/v1/messages"]}
+        wide = ["GET /v1/files", "/v1/batches", "/v1/fine_tuning/jobs", "/v1/uploads", "/v1/containers", "/v1/vector_stores"]
+        wide += ["/v1/assistants", "/v1/threads", "DELETE /v1/x", "GET /v1/y/*"]
         cases = {
-            "a secret in the environment": ({}, "environment"),
-            "no caller token": ({"client_token_env": None}, "token"),
-            "files": ({"allowed_paths": ["GET /v1/files"]}, "/v1/files"),
-            "batches": ({"allowed_paths": ["/v1/batches"]}, "/v1/batches"),
-            "fine-tuning": ({"allowed_paths": ["/v1/fine_tuning/jobs"]}, "/v1/fine_tuning/jobs"),
-            "uploads": ({"allowed_paths": ["/v1/uploads"]}, "/v1/uploads"),
-            "containers": ({"allowed_paths": ["/v1/containers"]}, "/v1/containers"),
-            "vector stores": ({"allowed_paths": ["/v1/vector_stores"]}, "/v1/vector_stores"),
-            "assistants": ({"allowed_paths": ["/v1/assistants"]}, "/v1/assistants"),
-            "threads": ({"allowed_paths": ["/v1/threads"]}, "/v1/threads"),
-            "a DELETE": ({"allowed_paths": ["DELETE /v1/x"]}, "/v1/x"),
-            "an asterisk at the end": ({"allowed_paths": ["GET /v1/x/*"]}, "/v1/x/*"),
-            "a host that a network may answer for": ({"allowed_hosts": ["localhost", "broker.lan"]}, "broker.lan"),
+            "a secret in the environment": ({}, ["environment"]),
+            "no caller token": ({**none, "client_token_env": None}, ["token"]),
+            "a host that a network may answer for": ({**none, "allowed_hosts": ["localhost", "broker.lan"]}, ["broker.lan"]),
+            "wide paths": ({**none, "allowed_paths": wide}, [rule.rpartition(" ")[2] for rule in wide]),
+            "nothing": (none, []),
         }
-        for case, (config, words) in cases.items():
+        calls = run_each({case: {"args": ["--check"], "config": config} for case, (config, _) in cases.items()})
+        for case, (_, words) in cases.items():
             with self.subTest(case):
-                run = run_broker("--check", config=config)
+                run = calls[case]()
                 self.assertEqual(run.returncode, 0, run.stderr)
                 warnings = [line for line in self.said(run).splitlines() if "warning" in line.lower()]
-                self.assertTrue(any(words in line for line in warnings), self.said(run))
-        with self.subTest("nothing to warn about"):
-            config = {"secret_source": {"kind": "none"}, "allowed_paths": ["/v1/messages"]}
-            self.assertNotIn("warning", self.said(run_broker("--check", config=config)).lower())
+                for word in words:
+                    self.assertTrue(any(word in line for line in warnings), (word, warnings))
+                self.assertEqual(bool(warnings), bool(words), warnings)
 
     def test_warns_about_a_configuration_in_a_git_work_tree(self):
         folder = self.folder()
@@ -348,9 +345,8 @@ class Ready(BrokerTestCase):
         self.assertEqual(broker.request("GET", "/healthz", token=False).json(), {"ok": True})
 
     def test_says_that_it_is_a_dry_run(self):
-        for keywords in ({"dry_run": True}, {"config": {"mode": "dry_run"}}):
-            with self.subTest(keywords):
-                broker = self.broker(**keywords)
+        for case, broker in self.brokers({"--dry-run": {"dry_run": True}, "mode": {"config": {"mode": "dry_run"}}}).items():
+            with self.subTest(case):
                 broker.wait_stderr("(?i)dry.run")
 
     def test_prints_a_curl_call_that_works(self):
@@ -420,12 +416,6 @@ class ThePort(BrokerTestCase):
         self.assertIn(str(port), run.stderr)
         self.assertEqual(run.stderr.count("\n"), 1, run.stderr)
 
-    def test_that_another_broker_holds_is_an_operational_failure(self):
-        broker = self.broker(dry_run=True)
-        run = run_broker("--dry-run", "--port", broker.port, config={}, timeout=20)
-        self.assertEqual(run.returncode, 1, run.stderr)
-        self.assertEqual(broker.request("GET", "/healthz").status, 200)
-
     def test_that_somebody_holds_on_the_ipv6_loopback_is_one_too(self):
         with socket.socket(socket.AF_INET6) as taken:
             try:
@@ -440,29 +430,12 @@ class ThePort(BrokerTestCase):
 @posix_only
 class Ending(BrokerTestCase):
     def test_a_first_signal_is_a_clean_stop(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number, broker in self.brokers({n: {"dry_run": True} for n in (signal.SIGTERM, signal.SIGINT)}).items():
             with self.subTest(number):
-                broker = self.broker(dry_run=True)
                 broker.wait_event(event="start")
                 broker.signal(number)
                 self.assertEqual(broker.wait(), 0)
                 self.assertEqual(broker.events()[-1]["event"], "stop")
-
-    def test_a_second_signal_ends_at_once_what_is_in_flight(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with self.subTest(number):
-                stub = self.stub(lambda conn, request: conn.wait_gone(60))
-                broker = self.broker(stub)
-                with broker.connect() as caller:
-                    caller.send(broker.head("GET", "/v1/models"))
-                    stub.wait_for_requests(1)
-                    broker.signal(number)
-                    # It has heard the first one when nobody is let in any more.
-                    self.wait_for_no_entry(broker)
-                    self.assertIsNone(broker.process.poll())
-                    broker.signal(number)
-                    # A shell shows both as the latter.
-                    self.assertIn(broker.wait(), (-number, 128 + number))
 
     def wait_for_no_entry(self, broker):
         def refused():
@@ -509,11 +482,28 @@ class CommandUnderUs(BrokerTestCase):
     def run_command(self, command, *args, **keywords):
         return run_broker(*args, **{"config": {}, "show_token": True, **keywords}, command=command)
 
+    def run_commands(self, cases):
+        """Several beside each other, as run_each."""
+        return run_each({case: {"show_token": True, **keywords} for case, keywords in cases.items()})
+
     def environment(self, upstream=None, name=None, **keywords):
         """The environment that a command finds."""
-        folder = keywords.pop("folder", None) or self.folder()
-        program = make_executable(folder, name or "show", SHOW_ENVIRONMENT, sys.executable)
-        run = self.run_command([program], folder=folder, upstream=upstream, **keywords)
+        return self.environments({"": {"upstream": upstream, "name": name, **keywords}})[""]()
+
+    def environments(self, cases):
+        """The same for several beside each other: {case: call}."""
+        runs = {}
+        for case, keywords in cases.items():
+            folder = self.folder()
+            program = make_executable(folder, keywords.pop("name", None) or "show", SHOW_ENVIRONMENT, sys.executable)
+            runs[case] = {"command": [program], "folder": folder, **keywords}
+        return {
+            case: functools.partial(self.environment_of, call, runs[case]["folder"])
+            for case, call in self.run_commands(runs).items()
+        }
+
+    def environment_of(self, call, folder):
+        run = call()
         self.assertEqual((run.returncode, run.stdout, run.stderr), (0, "", ""))
         with open(os.path.join(folder, "env.json"), encoding="utf-8") as file:
             env = json.load(file)
@@ -523,9 +513,10 @@ class CommandUnderUs(BrokerTestCase):
         return env
 
     def test_its_exit_code_is_ours(self):
-        for code in (0, 1, 2, 3, 77, 255):
+        codes = (0, 1, 2, 3, 77, 255)
+        for code, call in self.run_commands({code: {"command": ["sh", "-c", f"exit {code}"]} for code in codes}).items():
             with self.subTest(code):
-                run = self.run_command(["sh", "-c", f"exit {code}"])
+                run = call()
                 self.assertEqual((run.returncode, run.stdout, run.stderr), (code, "", ""))
 
     def test_needs_no_other_token_than_its_own(self):
@@ -537,19 +528,25 @@ class CommandUnderUs(BrokerTestCase):
         self.assertEqual((env["NO_PROXY"], env["no_proxy"]), ("*", "*"))
 
     def test_that_dies_of_a_signal_gives_128_and_its_number(self):
-        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        numbers = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+        calls = self.run_commands({number: {"command": ["sh", "-c", f"kill -{int(number)} $$"]} for number in numbers})
+        for number, call in calls.items():
             with self.subTest(number):
-                run = self.run_command(["sh", "-c", f"kill -{int(number)} $$"])
-                self.assertEqual(run.returncode, 128 + number)
+                self.assertEqual(call().returncode, 128 + number)
 
     def test_that_is_not_there_is_127_and_one_that_cannot_run_is_126(self):
         folder = self.folder()
         with open(os.path.join(folder, "text"), "w", encoding="ascii") as file:
             file.write("hello\n")
-        self.assertEqual(self.run_command(["no-such-program-anywhere"]).returncode, 127)
-        self.assertEqual(self.run_command([os.path.join(folder, "nothing")]).returncode, 127)
-        self.assertEqual(self.run_command([os.path.join(folder, "text")]).returncode, 126)
-        self.assertEqual(self.run_command([folder]).returncode, 126)
+        wanted = {
+            "no-such-program-anywhere": 127,
+            os.path.join(folder, "nothing"): 127,
+            os.path.join(folder, "text"): 126,
+            folder: 126,
+        }
+        for program, call in self.run_commands({program: {"command": [program]} for program in wanted}).items():
+            with self.subTest(program):
+                self.assertEqual(call().returncode, wanted[program])
 
     def test_that_is_not_named_is_wrong_usage(self):
         self.assertEqual(self.run_command([], timeout=20).returncode, 2)
@@ -562,11 +559,12 @@ class CommandUnderUs(BrokerTestCase):
             "no secret": ({"secret": ABSENT}, 1),
             "no log": ({"config": {"event_log": "nowhere/events.jsonl"}}, 1),
         }
-        for case, (keywords, code) in cases.items():
+        calls = self.run_commands({case: {"command": ["touch", witness], **keywords} for case, (keywords, _) in cases.items()})
+        self.assertFalse(os.path.exists(witness))
+        for case, (_, code) in cases.items():
             with self.subTest(case):
-                run = self.run_command(["touch", witness], **keywords)
+                run = calls[case]()
                 self.assertEqual(run.returncode, code, run.stderr)
-                self.assertFalse(os.path.exists(witness))
                 self.assertEqual(run.stderr.count("\n"), 1)
 
     def test_ends_us_at_once_whatever_its_children_still_do(self):
@@ -619,7 +617,7 @@ print(results)
         self.assertEqual(run.stdout, f"http://127.0.0.1:{port}\n")
 
     def test_gets_a_fresh_token_each_time(self):
-        tokens = {self.environment()["BROKER_CLIENT_TOKEN"] for _ in range(2)}
+        tokens = {environment()["BROKER_CLIENT_TOKEN"] for environment in self.environments({1: {}, 2: {}}).values()}
         self.assertEqual(len(tokens), 2)
         self.assertGreaterEqual(min(map(len, tokens)), 43)
 
@@ -640,9 +638,12 @@ print(results)
         self.assertNotIn("COPY", found)
 
     def test_goes_past_no_proxy_to_us(self):
-        for env, wanted in (({}, set()), ({"NO_PROXY": "a.example", "no_proxy": "b.example"}, {"a.example"})):
-            with self.subTest(env):
-                found = self.environment(env={**env, "HTTP_PROXY": "http://192.0.2.1:9"})
+        cases = {"": ({}, set()), "some": ({"NO_PROXY": "a.example", "no_proxy": "b.example"}, {"a.example"})}
+        proxy = {"HTTP_PROXY": "http://192.0.2.1:9"}
+        environments = self.environments({case: {"env": {**env, **proxy}} for case, (env, _) in cases.items()})
+        for case, (_, wanted) in cases.items():
+            with self.subTest(case):
+                found = environments[case]()
                 for name in ("NO_PROXY", "no_proxy"):
                     names = set(found[name].split(","))
                     self.assertLessEqual({"127.0.0.1", "localhost"}, names)
@@ -666,9 +667,10 @@ print(results)
             (["GET /v1/models"], {}),
             ([CHAT, "/v1/messages", "GET /v1/models"], {**openai, **anthropic}),
         ]
+        environments = self.environments({str(allowed): {"config": {"allowed_paths": allowed}} for allowed, _ in cases})
         for allowed, wanted in cases:
             with self.subTest(allowed):
-                env = self.environment(config={"allowed_paths": allowed})
+                env = environments[str(allowed)]()
                 for name in everything:
                     if name not in wanted:
                         self.assertNotIn(name, env)
@@ -775,16 +777,6 @@ print(urllib.request.urlopen(os.environ["BROKER_URL"] + "/healthz").read())
         self.run_command(["sh", "-c", f"echo command >> '{order}'"], config=config, secret=secret)
         with open(order, encoding="ascii") as file:
             self.assertEqual(file.read(), "secret\ncommand\n")
-
-
-class NothingLeftBehind(BrokerTestCase):
-    def test_after_a_stop_the_port_is_free_again(self):
-        broker = self.broker(dry_run=True)
-        port = broker.port
-        with contextlib.suppress(OSError):
-            broker.request("GET", "/healthz")
-        broker.close()
-        self.assertEqual(self.broker(dry_run=True, args=["--port", port]).port, port)
 
 
 if __name__ == "__main__":

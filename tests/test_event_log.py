@@ -16,12 +16,13 @@ from datetime import datetime, timedelta, timezone
 from tests.support import (
     NOBODY,
     Broker,
-    BrokerTestCase,
+    SharedBroker,
     canary,
     eventually,
     linux_only,
     posix_only,
     run_broker,
+    run_each,
     seeded,
     slow,
 )
@@ -49,22 +50,7 @@ FIELDS = {
 }
 
 
-class EventLogTestCase(BrokerTestCase):
-    """`served` is a broker for the whole class, `upstream` its stub."""
-
-    config = None
-    dry_run = False
-
-    @classmethod
-    def setUpClass(cls):
-        if cls is not EventLogTestCase:
-            cls.upstream = cls.class_stub()
-            cls.served = cls.class_broker(cls.upstream, config=cls.config, dry_run=cls.dry_run)
-
-    def setUp(self):
-        if hasattr(self, "upstream"):
-            self.upstream.forget()
-
+class EventLogTestCase(SharedBroker):
     def lines_of(self, answer, broker=None):
         """The lines that a request caused, by event, once its last one is written."""
         broker, name = broker or self.served, answer.header("X-Broker-Request-Id")
@@ -152,9 +138,8 @@ class EveryLine(EventLogTestCase):
 class StartAndStop(EventLogTestCase):
     def test_say_mode_version_and_where_it_listens(self):
         version = run_broker("--version").stdout.strip()
-        for mode in ("proxy", "dry_run"):
+        for mode, broker in self.brokers({mode: {"config": {"mode": mode}} for mode in ("proxy", "dry_run")}).items():
             with self.subTest(mode):
-                broker = self.broker(config={"mode": mode})
                 broker.signal(signal.SIGTERM)
                 broker.wait()
                 first, last = broker.events()
@@ -746,20 +731,12 @@ class File(EventLogTestCase):
     def test_is_neither_a_link_nor_a_fifo_nor_somebody_elses(self):
         victim = os.path.join(self.folder(), "victim")
 
-        def link(run):
-            with open(victim, "w", encoding="ascii") as file:
-                file.write("precious\n")
-            os.symlink(victim, run.log_path)
-
-        def hard_link(run):
-            os.link(victim, run.log_path)
-
         cases = {
-            "a link": link,
+            "a link": lambda run: os.symlink(victim, run.log_path),
             "a link to nowhere": lambda run: os.symlink(victim + ".new", run.log_path),
             "a FIFO": lambda run: os.mkfifo(run.log_path),
             "a folder": lambda run: os.mkdir(run.log_path),
-            "a second name": hard_link,
+            "a second name": lambda run: os.link(victim, run.log_path),
         }
         if os.getuid() == 0:
 
@@ -768,9 +745,12 @@ class File(EventLogTestCase):
                 os.chown(run.log_path, 65534, 65534)
 
             cases["of another user"] = of_another
-        for case, prepare in cases.items():
+        with open(victim, "w", encoding="ascii") as file:
+            file.write("precious\n")
+        calls = run_each({case: {"args": ["--dry-run"], "prepare": prepare} for case, prepare in cases.items()})
+        for case, call in calls.items():
             with self.subTest(case):
-                run = run_broker("--dry-run", config={}, prepare=prepare, timeout=20)
+                run = call()
                 self.assertEqual(run.returncode, 1, run.stderr)
                 self.assertIn("events.jsonl", run.stderr)
                 self.assertEqual(run.stderr.count("\n"), 1, run.stderr)

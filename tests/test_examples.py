@@ -14,7 +14,7 @@ from tests.support import (
     fresh_token,
     make_executable,
     posix_only,
-    run_broker,
+    run_each,
 )
 
 PLAIN = "broker_config.example.json"
@@ -34,21 +34,25 @@ class Examples(BrokerTestCase):
         self.assertEqual(found, set(EXAMPLES))
 
     def test_are_valid_as_they_stand(self):
-        for name in EXAMPLES:
+        args = ["--check", "--dry-run", "--config"]
+        calls = run_each({name: {"config": None, "args": [*args, os.path.join(ROOT, name)]} for name in EXAMPLES})
+        for name, call in calls.items():
             with self.subTest(name):
-                run = run_broker("--check", "--dry-run", "--config", os.path.join(ROOT, name))
+                run = call()
                 self.assertEqual(run.returncode, 0, run.stderr)
                 for rule in load(name)["allowed_paths"]:
                     self.assertIn(rule, run.stdout + run.stderr)
 
     def test_serve_a_dry_run_as_they_stand(self):
+        keywords = {}
         for name in EXAMPLES:
+            # A copy: its event log is written beside it.
+            folder = self.folder()
+            shutil.copy(os.path.join(ROOT, name), folder)
+            arguments = ["--config", os.path.join(folder, name), "--dry-run", "--port", "0"]
+            keywords[name] = {"use_config": False, "folder": folder, "args": arguments}
+        for name, broker in self.brokers(keywords).items():
             with self.subTest(name):
-                # A copy: its event log is written beside it.
-                folder = self.folder()
-                shutil.copy(os.path.join(ROOT, name), folder)
-                arguments = ["--config", os.path.join(folder, name), "--dry-run", "--port", "0"]
-                broker = self.broker(use_config=False, folder=folder, args=arguments)
                 token = broker.wait_stderr(r"(?m)^\s*export BROKER_CLIENT_TOKEN=(\S+)$").group(1)
                 rule = load(name)["allowed_paths"][0].partition(" ")[2].replace("*", "mine")
                 answer = broker.post_json(rule, {"model": "m", "messages": []}, token=token)
@@ -65,13 +69,17 @@ class Examples(BrokerTestCase):
 
     def test_tell_what_is_missing_when_they_are_started_for_real(self):
         # Nothing is installed or set here; that must be one clear line.
-        for name, missing in {PLAIN: "OPENAI_API_KEY", ONE_PASSWORD: "op", AZURE: "az"}.items():
+        wanted = {PLAIN: "OPENAI_API_KEY", ONE_PASSWORD: "op", AZURE: "az"}
+        keywords = {}
+        for name in wanted:
+            folder = self.folder()
+            shutil.copy(os.path.join(ROOT, name), folder)
+            env = {"PATH": folder, "BROKER_CLIENT_TOKEN": fresh_token()}
+            arguments = ["--config", os.path.join(folder, name), "--port", "0"]
+            keywords[name] = {"config": None, "args": arguments, "env": env}
+        for name, call in run_each(keywords).items():
             with self.subTest(name):
-                folder = self.folder()
-                shutil.copy(os.path.join(ROOT, name), folder)
-                env = {"PATH": folder, "BROKER_CLIENT_TOKEN": fresh_token()}
-                arguments = ["--config", os.path.join(folder, name), "--port", "0"]
-                run = run_broker(*arguments, env=env, timeout=20)
+                run, missing = call(), wanted[name]
                 self.assertEqual(run.returncode, 1, run.stderr)
                 self.assertIn(missing, run.stderr)
                 self.assertEqual(run.stderr.count("\n"), 1, run.stderr)

@@ -4,7 +4,7 @@ import concurrent.futures
 import os
 import threading
 
-from tests.support import BrokerTestCase, Gone, canary, eventually, seeded
+from tests.support import BrokerTestCase, Gone, SharedBroker, canary, eventually, seeded
 
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
@@ -55,18 +55,13 @@ def drips(pieces, pause, first=b""):
     return act
 
 
-class FaultsTestCase(BrokerTestCase):
+class FaultsTestCase(SharedBroker):
     """The upstream does for `GET /v1/models/N` what the case with that number says."""
 
     config = {"upstream_timeout_seconds": 1}
 
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = cls.class_stub(lambda conn, request: conn.respond_json({}))
-        cls.served = cls.class_broker(cls.upstream, config=cls.config)
-
     def setUp(self):
-        self.upstream.forget()
+        super().setUp()
         self.upstream.script(lambda conn, request: conn.respond_json({}))
         self.assertEqual(self.served.request("GET", MODELS).status, 200)
         if os.path.isdir("/proc/self/fd"):

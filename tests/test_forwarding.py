@@ -10,7 +10,7 @@ import struct
 import tempfile
 import threading
 
-from tests.support import ABSENT, BrokerTestCase, posix_only, seeded, slow
+from tests.support import ABSENT, BrokerTestCase, SharedBroker, posix_only, seeded, slow
 
 CHAT = "/v1/chat/completions"
 JSON = ("Content-Type", "application/json")
@@ -31,21 +31,7 @@ def counted(body, status=b"200 OK"):
     return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
 
 
-class ForwardingTestCase(BrokerTestCase):
-    """One broker and one echoing upstream for all tests of a class."""
-
-    config: dict = {}
-    env: dict = {}
-    tls = False
-
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = cls.class_stub(tls=cls.tls)
-        cls.served = cls.class_broker(cls.upstream, config=cls.config, env=cls.env)
-
-    def setUp(self):
-        self.upstream.forget()
-
+class ForwardingTestCase(SharedBroker):
     def ours(self, *more, broker=None, upstream=None, length=None):
         """The whole header set that the upstream has to see, `more` being the caller's part."""
         authority = (upstream or self.upstream).url.split("//")[1]
@@ -264,10 +250,15 @@ class TheCredential(BrokerTestCase):
             "another scheme": ("Authorization", "Token", "authorization", "Token {}"),
             "a header of its own": ("X-Upstream-Auth", "", "x-upstream-auth", "{}"),
         }
-        for case, (header, scheme, name, form) in cases.items():
+        keywords = {
+            case: {"upstream": stub, "config": {"auth_header": header, "auth_scheme": scheme}}
+            for case, (header, scheme, _, _) in cases.items()
+        }
+        brokers = self.brokers(keywords)
+        for case, (header, _, name, form) in cases.items():
             with self.subTest(case):
                 stub.forget()
-                broker = self.broker(stub, config={"auth_header": header, "auth_scheme": scheme})
+                broker = brokers[case]
                 # The caller's own header of that name must not stand beside ours.
                 mine = [(header.replace("-", "_"), "mine"), ("X-Upstream-Auth", "mine"), ("X-Broker-Token", broker.token)]
                 if plain(header) not in TheCallerBringsNoAuthority.TOKEN_HEADERS:
@@ -395,8 +386,9 @@ class TheBody(ForwardingTestCase):
 class BasePath(BrokerTestCase):
     def test_is_put_before_the_path_of_every_request(self):
         stub = self.stub()
-        for base in ("/proxy/openai", "/a-b_c.d~e"):
-            broker = self.broker(stub, config={"upstream_base_url": stub.url + base})
+        bases = ("/proxy/openai", "/a-b_c.d~e")
+        keywords = {base: {"upstream": stub, "config": {"upstream_base_url": stub.url + base}} for base in bases}
+        for base, broker in self.brokers(keywords).items():
             for method, target in (("POST", CHAT), ("GET", "/v1/models?limit=1")):
                 with self.subTest(base, target=target):
                     stub.forget()
@@ -839,10 +831,10 @@ class BadCertificates(BrokerTestCase):
             "of an authority that nobody here knows": (True, {"SSL_CERT_FILE": ABSENT}),
             "TLS 1.1": ("tls11", {}),
         }
-        for case, (tls, env) in cases.items():
+        keywords = {case: {"upstream": self.stub(tls=tls), "env": env} for case, (tls, env) in cases.items()}
+        for case, broker in self.brokers(keywords).items():
             with self.subTest(case):
-                stub = self.stub(tls=tls)
-                broker = self.broker(stub, env=env)
+                stub = broker.upstream
                 for _ in range(2):
                     self.assert_refused(broker.post_json(CHAT, {}), 502, "upstream_tls_error")
                 self.assertEqual((stub.requests, stub.incomplete), ([], []))
@@ -932,9 +924,13 @@ class TheProxy(BrokerTestCase):
 
         return self.stub(raw_handler=handle)
 
-    def served_through(self, proxy, stub=None, base=f"https://{NAME}", variable="HTTPS_PROXY", user="", **env):
+    def through(self, proxy, stub=None, base=f"https://{NAME}", variable="HTTPS_PROXY", user="", **env):
+        """The keywords of a broker that finds this proxy."""
         env[variable] = f"http://{user}127.0.0.1:{proxy.port}"
-        return self.broker(stub or self.stub(), config={"upstream_base_url": base}, env=env)
+        return {"upstream": stub or self.stub(), "config": {"upstream_base_url": base}, "env": env}
+
+    def served_through(self, *args, **keywords):
+        return self.broker(**self.through(*args, **keywords))
 
     def test_is_asked_to_connect_and_sees_nothing_more(self):
         # The certificate of "another host" is this upstream's own: the check is made end to end.
@@ -983,9 +979,9 @@ class TheProxy(BrokerTestCase):
             "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
             "nothing": b"",
         }
-        for case, answer in answers.items():
+        brokers = self.brokers({case: self.through(self.proxy(answer=answer)) for case, answer in answers.items()})
+        for case, broker in brokers.items():
             with self.subTest(case):
-                broker = self.served_through(self.proxy(answer=answer))
                 self.assert_refused(broker.post_json(CHAT, {}), 502, "upstream_unreachable")
                 broker.wait_event(event="response", outcome="upstream_unreachable")
 
@@ -1010,11 +1006,12 @@ class TheProxy(BrokerTestCase):
             ("NO_PROXY", "*", 0),
             ("NO_PROXY", "other.example", 1),
         ]
+        base = "https://255.255.255.255"
+        brokers = self.brokers({value: self.through(proxy, base=base, **{variable: value}) for variable, value, _ in cases})
         for variable, value, asked in cases:
             with self.subTest(variable, value=value):
                 self.heads.clear()
-                broker = self.served_through(proxy, base="https://255.255.255.255", **{variable: value})
-                answer = broker.post_json(CHAT, {})
+                answer = brokers[value].post_json(CHAT, {})
                 self.assertEqual(len(self.heads), asked)
                 self.assert_refused(answer, 502, "upstream_unreachable")
 
@@ -1023,13 +1020,14 @@ class TheProxy(BrokerTestCase):
         proxy = self.proxy(1)
         names = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
         env = {name: f"http://127.0.0.1:{proxy.port}" for name in names}
-        for tls, url in ((False, "http://127.0.0.1:{}"), (False, "http://localhost:{}"), (True, "https://localhost:{}"),
-                         (True, "https://127.0.0.1:{}")):  # fmt: skip
+        keywords = {}
+        for url in ("http://127.0.0.1:{}", "http://localhost:{}", "https://localhost:{}", "https://127.0.0.1:{}"):
+            stub = self.stub(tls=url.startswith("https"))
+            keywords[url] = {"upstream": stub, "config": {"upstream_base_url": url.format(stub.port)}, "env": env}
+        for url, broker in self.brokers(keywords).items():
             with self.subTest(url):
-                stub = self.stub(tls=tls)
-                broker = self.broker(stub, config={"upstream_base_url": url.format(stub.port)}, env=env)
                 self.assertEqual(broker.post_json(CHAT, {}).status, 200)
-                self.assertEqual(len(stub.requests), 1)
+                self.assertEqual(len(broker.upstream.requests), 1)
         self.assertEqual(proxy.connections, 0)
 
 

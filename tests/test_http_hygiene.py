@@ -7,7 +7,7 @@ import socket
 import threading
 import unittest
 
-from tests.support import BrokerTestCase, eventually, linux_only, seeded, slow
+from tests.support import BrokerTestCase, SharedBroker, eventually, linux_only, seeded, slow
 
 CHAT = "/v1/chat/completions"
 
@@ -15,17 +15,7 @@ CHAT = "/v1/chat/completions"
 CONTROL = {"NUL": b"\0", "BEL": b"\x07", "VT": b"\x0b", "ESC": b"\x1b", "DEL": b"\x7f"}
 
 
-class HttpTestCase(BrokerTestCase):
-    """One broker and one echoing upstream for all tests of a class."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = cls.class_stub()
-        cls.served = cls.class_broker(cls.upstream)
-
-    def setUp(self):
-        self.upstream.forget()
-
+class HttpTestCase(SharedBroker):
     def start_of(self, method="POST", path=CHAT, version="HTTP/1.1"):
         """A good head so far, as bytes without the blank line: host and token."""
         return self.served.head(method, path, version=version)[:-2]

@@ -25,6 +25,7 @@ from tests.support import (
     make_executable,
     posix_only,
     run_broker,
+    run_each,
     slow,
 )
 
@@ -74,10 +75,10 @@ class Start(BrokerTestCase):
         self.assertEqual(broker.request("GET", "/healthz", token=False).json(), {"ok": True})
 
     def test_shows_the_random_token_of_a_dry_run_once_as_a_line_to_paste(self):
-        for config in ({}, {"client_token_env": ABSENT}):
-            with self.subTest(config):
-                broker = self.broker(dry_run=True, token=ABSENT, config=config)
-                variable = TOKEN_VARIABLE if not config else r"\w+"
+        configs = {TOKEN_VARIABLE: {}, r"\w+": {"client_token_env": ABSENT}}
+        keywords = {name: {"dry_run": True, "token": ABSENT, "config": config} for name, config in configs.items()}
+        for variable, broker in self.brokers(keywords).items():
+            with self.subTest(variable):
                 token = broker.wait_stderr(rf"(?m)^\s*export {variable}=(\S+)$").group(1)
                 text = line_end_of_ready(broker)
                 self.assertRegex(token, r"\A[A-Za-z0-9_-]{43,}\Z")
@@ -325,9 +326,9 @@ class Stop(BrokerTestCase):
 
     def test_is_at_once_at_the_second_signal(self):
         stub = self.stub(lambda conn, request: conn.wait_gone(60))
-        for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)):
+        cases = ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM), (signal.SIGINT, signal.SIGINT))
+        for (first, second), broker in self.brokers({case: {"upstream": stub} for case in cases}).items():
             with self.subTest(first=first, second=second):
-                broker = self.broker(stub)
                 with broker.connect() as caller:
                     before = len(stub.requests)
                     caller.send(broker.head("GET", "/v1/models"))
@@ -439,9 +440,10 @@ class ExitCode(BrokerTestCase):
             "no token": ({"token": ABSENT}, 2, TOKEN_VARIABLE),
             "an unknown key": ({"config": {"listen_prot": 1}}, 2, "listen_port"),
         }
-        for case, (keywords, code, word) in cases.items():
+        calls = run_each({case: keywords for case, (keywords, _, _) in cases.items()})
+        for case, (_, code, word) in cases.items():
             with self.subTest(case):
-                run = run_broker(**{"config": {}, **keywords}, timeout=20)
+                run = calls[case]()
                 self.assertEqual(run.returncode, code, run.stderr)
                 self.assertIn(word, run.stderr)
                 self.assertEqual(run.stderr.count("\n"), 1, run.stderr)

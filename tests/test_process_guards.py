@@ -26,6 +26,7 @@ from tests.support import (
     make_executable,
     posix_only,
     run_broker,
+    run_each,
 )
 
 CHAT = "/v1/chat/completions"
@@ -212,7 +213,7 @@ class CoreFile(BrokerTestCase):
 @linux_only
 class CommandLineAndChildren(BrokerTestCase):
     def test_of_the_broker_show_no_secret(self):
-        broker = self.broker(self.stub())
+        broker = self.broker(self.stub(), script=BROKER)
         with open(f"/proc/{broker.pid}/cmdline", "rb") as file:
             line = file.read()
         self.assertIn(b"broker.py", line)
@@ -261,12 +262,16 @@ class PlantedModule(BrokerTestCase):
             broker.signal(signal.SIGHUP)
             broker.wait_event(event="reload")
         broker.close()
-        for arguments in (["--help"], ["--new-token"]):
-            self.assertEqual(run_broker(*arguments, script=script, cwd=folder).returncode, 0)
-        # A misspelt key and a program that is looked for need modules of their own.
-        self.assertEqual(run_broker(config={"listen_prot": 1}, script=script, cwd=folder).returncode, 2)
-        config = {"secret_source": {"kind": "command", "argv": ["no-such-program"]}}
-        self.assertEqual(run_broker(config=config, script=script, cwd=folder).returncode, 1)
+        cases = {
+            "--help": ({"config": None, "args": ["--help"]}, 0),
+            "--new-token": ({"config": None, "args": ["--new-token"]}, 0),
+            # A misspelt key and a program that is looked for need modules of their own.
+            "a misspelt key": ({"config": {"listen_prot": 1}}, 2),
+            "no program": ({"config": {"secret_source": {"kind": "command", "argv": ["no-such-program"]}}}, 1),
+        }
+        calls = run_each({case: {"script": script, "cwd": folder, **keywords} for case, (keywords, _) in cases.items()})
+        for case, (_, code) in cases.items():
+            self.assertEqual(calls[case]().returncode, code, case)
         self.assertFalse(os.path.exists(witness))
 
     def test_is_not_loaded_through_a_link_or_a_relative_path(self):
@@ -389,10 +394,13 @@ class CommandUnderUs(BrokerTestCase):
         self.assertEqual(sorted(self.state["open"]), ["0", "1", "2"])
 
     def test_may_be_stopped_and_ended_as_any_other(self):
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
+        keywords = {
+            number: {"args": ["--dry-run"], "command": ["sh", "-c", f"kill -{int(number)} $$; echo survived"]}
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE)
+        }
+        for number, call in run_each(keywords).items():
             with self.subTest(number):
-                run = run_broker("--dry-run", config={}, command=["sh", "-c", f"kill -{int(number)} $$; echo survived"])
-                self.assertEqual((run.returncode, run.stdout), (128 + number, ""))
+                self.assertEqual((call().returncode, call().stdout), (128 + number, ""))
 
 
 if __name__ == "__main__":

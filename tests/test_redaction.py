@@ -9,7 +9,7 @@ import string
 import threading
 import urllib.parse
 
-from tests.support import BrokerTestCase, Puppet, make_executable, posix_only, seeded
+from tests.support import BrokerTestCase, Puppet, SharedBroker, make_executable, posix_only, seeded
 
 MODELS = "/v1/models"
 REDACTED = b"[redacted]"
@@ -137,18 +137,8 @@ class Stream:
             self.caller.close()
 
 
-class RedactionTestCase(BrokerTestCase):
-    """One broker and one upstream for all tests of a class."""
-
+class RedactionTestCase(SharedBroker):
     secret = random_secret(seeded("the secret of a class"))
-
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = cls.class_stub()
-        cls.served = cls.class_broker(cls.upstream, secret=cls.secret)
-
-    def setUp(self):
-        self.upstream.forget()
 
     def comes_out(self, body, headers=(), status=200, reason="OK"):
         """The answer to a caller when the upstream sends this."""
@@ -311,10 +301,10 @@ class SecretsOfEveryKind(BrokerTestCase):
 
     def test_are_found_and_nothing_else_is_touched_or_held_back(self):
         stub = self.stub()
-        for kind, secret in self.secrets():
+        brokers = self.brokers({kind: {"upstream": stub, "secret": secret} for kind, secret in self.secrets()})
+        for kind, broker in brokers.items():
             with self.subTest(kind):
-                random = seeded(kind)
-                broker = self.broker(stub, secret=secret)
+                random, secret = seeded(kind), broker.secret
                 pieces = self.pieces(random, secret)
                 with Stream(self, stub, broker, secret) as stream:
                     for _ in range(40 if len(secret) > 1000 else 150):
@@ -326,11 +316,10 @@ class SecretsOfEveryKind(BrokerTestCase):
     def test_are_found_where_one_form_is_the_beginning_of_another(self):
         # `...&` ends where `...&amp;` goes on: what is left over then tells nothing.
         stub = self.stub()
-        for ending in "&<\"'\\/%":
-            secret = "sk-0123456789abcdef" + ending
+        secrets = {ending: "sk-0123456789abcdef" + ending for ending in "&<\"'\\/%"}
+        for ending, broker in self.brokers({ending: {"upstream": stub, "secret": secrets[ending]} for ending in secrets}).items():
             with self.subTest(ending):
-                broker = self.broker(stub, secret=secret)
-                for name, form in forms(secret).items():
+                for name, form in forms(broker.secret).items():
                     stub.script(lambda conn, request, form=form: conn.respond(body=b"<" + form + b">"))
                     body = broker.request("GET", MODELS).body
                     self.assertTrue(body.startswith(b"<" + REDACTED), (name, body))

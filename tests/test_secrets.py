@@ -24,6 +24,7 @@ from tests.support import (
     make_executable,
     posix_only,
     run_broker,
+    run_each,
     stop_stub,
 )
 
@@ -263,10 +264,14 @@ class CommandLookedUp(SecretsTestCase):
 
 @posix_only
 class CommandThatMisbehaves(SecretsTestCase):
-    def start(self, script, interpreter="/bin/sh", secret=None, **source):
+    def start_of(self, script, interpreter="/bin/sh", secret=None, **source):
+        """The keywords of a start with this program."""
         program = make_executable(self.folder(), "op", script, interpreter)
         config = {"secret_source": {"kind": "command", "argv": [program], **source}}
-        return run_broker(config=config, secret=secret, env={SECRET_VARIABLE: ABSENT}, timeout=30)
+        return {"config": config, "secret": secret, "env": {SECRET_VARIABLE: ABSENT}, "timeout": 30}
+
+    def start(self, *args, **keywords):
+        return run_broker(**self.start_of(*args, **keywords))
 
     def assert_failed(self, run, *words):
         self.assertEqual(run.returncode, 1, run.stderr)
@@ -275,19 +280,23 @@ class CommandThatMisbehaves(SecretsTestCase):
             self.assertIn(word, run.stderr)
 
     def test_by_writing_without_end_is_ended(self):
+        lifelines, keywords = {}, {}
         for stream in ("", " >&2"):
+            lifeline = lifelines[stream] = Lifeline(os.path.join(self.folder(), "alive"))
+            self.addCleanup(lifeline.close)
+            script = f"exec 9>'{lifeline.path}'; echo >&9; while :; do echo 0123456789abcdef{stream} || exit 1; done"
+            keywords[stream] = self.start_of(script, timeout_seconds=20)
+        for stream, call in run_each(keywords).items():
             with self.subTest(stream):
-                lifeline = Lifeline(os.path.join(self.folder(), "alive"))
-                self.addCleanup(lifeline.close)
-                script = f"exec 9>'{lifeline.path}'; echo >&9; while :; do echo 0123456789abcdef{stream} || exit 1; done"
-                self.assert_failed(self.start(script, timeout_seconds=20), "64")
-                eventually(lifeline.has_ended, what="the end of the command")
+                self.assert_failed(call(), "64")
+                eventually(lifelines[stream].has_ended, what="the end of the command")
 
     def test_by_showing_more_than_64_kib_has_given_no_secret(self):
         # Nor are the first 64 KiB, or its last line, taken for one.
-        for script in ("print('x' * 2**16 + 'x')", "print('x\\n' * 2**16 + 'x' * 40)", "print(' ' * 2**17)"):
+        scripts = ("print('x' * 2**16 + 'x')", "print('x\\n' * 2**16 + 'x' * 40)", "print(' ' * 2**17)")
+        for script, call in run_each({script: self.start_of(script, sys.executable) for script in scripts}).items():
             with self.subTest(script):
-                self.assert_failed(self.start(script, sys.executable))
+                self.assert_failed(call())
 
     def test_by_taking_too_long_is_killed_with_its_children(self):
         lifeline = Lifeline(os.path.join(self.folder(), "alive"))
@@ -354,9 +363,10 @@ class CommandThatMisbehaves(SecretsTestCase):
         folder = self.folder()
         with open(os.path.join(folder, "said"), "w", encoding="ascii") as file:
             file.write("\n".join(["sorry", *said, "bye"]))
-        for stream in ("", ">&2"):
+        scripts = {stream: f"cat '{folder}/said' {stream}; exit 3" for stream in ("", ">&2")}
+        for stream, call in run_each({stream: self.start_of(scripts[stream], secret=secret) for stream in scripts}).items():
             with self.subTest(stream):
-                run = self.start(f"cat '{folder}/said' {stream}; exit 3", secret=secret)
+                run = call()
                 self.assert_failed(run, "3")
                 for other in [*others, secret[:20], secret[12:]]:
                     self.assertNotIn(other, run.stderr)
@@ -417,10 +427,8 @@ class WhatACommandGives(SecretsTestCase):
             with self.subTest(case):
                 with open(vault.path("value"), "wb") as file:
                     file.write(text.encode("utf-8", "surrogateescape"))
-                start = len(broker.stderr_text())
                 stub.forget()
-                broker.signal(signal.SIGHUP)
-                said = broker.wait_stderr("(?i)[^\n]*reload[^\n]*", start=start).group()
+                said = broker.reload()
                 self.assert_lets_through(broker)
                 if usable:
                     kept = text.rstrip("\r\n")
@@ -836,9 +844,7 @@ class Reload(SecretsTestCase):
 
     def failed_reload(self, broker):
         """What stderr says of it."""
-        start = len(broker.stderr_text())
-        broker.signal(signal.SIGHUP)
-        return broker.wait_stderr("(?i)[^\n]*reload[^\n]*", start=start).group()
+        return broker.reload()
 
     def test_asks_the_source_anew(self):
         stub, vault = self.stub(), self.vault()

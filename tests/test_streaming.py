@@ -10,6 +10,7 @@ from tests.support import (
     BrokerTestCase,
     Gone,
     Puppet,
+    SharedBroker,
     eventually,
     linux_only,
     make_executable,
@@ -24,20 +25,7 @@ MODELS = "/v1/models"
 SOON = 3
 
 
-class StreamingTestCase(BrokerTestCase):
-    """One broker and one upstream for all tests of a class."""
-
-    config: dict = {}
-    tls = False
-
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = cls.class_stub(tls=cls.tls)
-        cls.served = cls.class_broker(cls.upstream, config=cls.config)
-
-    def setUp(self):
-        self.upstream.forget()
-
+class StreamingTestCase(SharedBroker):
     def ask(self, data=None, version="HTTP/1.1", method="GET"):
         """A caller that has sent its request, and the upstream's end of it in our hands."""
         puppet = Puppet(self.upstream)

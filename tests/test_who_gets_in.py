@@ -6,26 +6,13 @@ import json
 import threading
 import unittest
 
-from tests.support import ABSENT, ALLOWED_PATHS, BrokerTestCase, canary, eventually, fresh_token
+from tests.support import ABSENT, ALLOWED_PATHS, BrokerTestCase, SharedBroker, canary, eventually, fresh_token
 
 CHAT = "/v1/chat/completions"
 JSON = ("Content-Type", "application/json")
 
 
-class DoorTestCase(BrokerTestCase):
-    """One broker and one echoing upstream for all tests of a class."""
-
-    config = {}
-    dry_run = False
-
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = cls.class_stub()
-        cls.served = cls.class_broker(cls.upstream, config=cls.config, dry_run=cls.dry_run)
-
-    def setUp(self):
-        self.upstream.forget()
-
+class DoorTestCase(SharedBroker):
     def ask(self, method="GET", path="/v1/models", headers=(), token=True, host=True, body=b""):
         """One request as raw bytes, its answer read by length: nothing is normalised on the way."""
         headers = list(headers)
@@ -499,9 +486,10 @@ class UnusualRules(DoorTestCase):
 class BasePath(BrokerTestCase):
     def test_of_the_upstream_is_put_before_the_path_of_the_request(self):
         stub = self.stub()
-        for base in ("/proxy/openai", "/proxy/openai/"):
+        bases = ("/proxy/openai", "/proxy/openai/")
+        keywords = {base: {"upstream": stub, "config": {"upstream_base_url": stub.url + base}} for base in bases}
+        for base, broker in self.brokers(keywords).items():
             with self.subTest(base):
-                broker = self.broker(stub, config={"upstream_base_url": stub.url + base})
                 self.assertEqual(broker.request("GET", "/v1/models?limit=2").status, 200)
                 self.assertEqual(stub.requests[-1].target, "/proxy/openai/v1/models?limit=2")
                 answer = broker.request("GET", "/proxy/openai/v1/models")
@@ -1134,9 +1122,9 @@ class DryRunAtTheDoor(DoorTestCase):
         self.assertEqual(self.upstream.connections, 0)
 
     def test_makes_a_token_of_its_own_where_none_is_set(self):
-        for config, env in (({}, {"BROKER_TEST_TOKEN": ABSENT}), ({"client_token_env": ABSENT}, {})):
-            with self.subTest(config=config, env=env):
-                broker = self.broker(config=config, env=env, dry_run=True)
+        cases = {"its variable": {"env": {"BROKER_TEST_TOKEN": ABSENT}}, "its key": {"config": {"client_token_env": ABSENT}}}
+        for case, broker in self.brokers({case: {"dry_run": True, **keywords} for case, keywords in cases.items()}).items():
+            with self.subTest(without=case):
                 shown = broker.wait_stderr(r"export ([A-Z_]+)=['\"]?([!-&(-~]+?)['\"]?\s")
                 self.assertGreaterEqual(len(shown.group(2)), 32)
                 self.assertEqual(broker.stderr_text().count(shown.group(2)), 1)

@@ -1,4 +1,4 @@
-"""The broker: `broker.py` as a subprocess, started as a user starts it, and judged from outside.
+"""The broker: a subprocess, started as a user starts it, and judged from outside.
 
 `Broker` is one that serves, `run_broker` one that ends by itself, `run_each` many of the latter.
 """
@@ -25,6 +25,11 @@ from .leaks import Canaries, Seen, canary, fresh_token
 from .upstream import CA_FILE
 
 BROKER = os.path.join(ROOT, "broker.py")
+
+# How a broker is started where a test doesn't name the script: as the installed command, which takes a good half
+# of the time, since `python broker.py` compiles the whole file anew. BROKER_TEST_START=script does that instead.
+INSTALLED = os.path.join(os.path.dirname(os.path.realpath(__file__)), "localhost-broker")
+START = BROKER if os.environ.get("BROKER_TEST_START") == "script" else INSTALLED
 
 SECRET_VARIABLE = "BROKER_TEST_SECRET"
 TOKEN_VARIABLE = "BROKER_TEST_TOKEN"
@@ -176,7 +181,7 @@ class _Run:
 
 
 class Broker(_Run):
-    """`broker.py` as a subprocess that serves.
+    """One that serves.
 
     upstream    a StubUpstream; without one the base URL leads to nobody
     config      overrides of the default configuration (ABSENT takes a key out)
@@ -190,7 +195,7 @@ class Broker(_Run):
     wait_ready  False: return at once
     folder      a folder that is there already, and stays
     preexec_fn, cwd, stdin  as for subprocess
-    python, python_args, script     another interpreter; words for it; another copy of broker.py
+    python, python_args, script     another interpreter; words for it; BROKER, or a copy of it
     use_config  False: no --config (broker_config.json in the current folder counts then)
 
     Attributes: port, url, token, secret, folder, config_path, log_path, process.
@@ -215,13 +220,14 @@ class Broker(_Run):
         preexec_fn=None,
         python_args=(),
         use_config=True,
-        script=BROKER,
+        script=START,
         python=None,
     ):
         self._prepare(upstream, config or {}, config_text, env, secret, token, folder)
         self.port = None
         self.url = None
         self.closed = False
+        self._asked_to_stop = False
         self.check_token_in_answers = True
         self.callers = []
         self.seen = Seen()
@@ -300,14 +306,20 @@ class Broker(_Run):
         self.canaries.check({"stdout": self._output["stdout"], "stderr": self._output["stderr"], "the event log": log})
         self.canaries.check({"an answer": answers}, self.check_token_in_answers)
 
+    def ask_to_stop(self):
+        """The first SIGTERM of close(), ahead of it: so that several end beside each other."""
+        if not self._asked_to_stop and self.process.poll() is None:
+            self.process.terminate()
+        self._asked_to_stop = True
+
     def _stop(self):
         """False when it does not end by itself; the second signal ends it at once, whatever is in flight."""
+        self.ask_to_stop()
         for _ in range(2):
-            if self.process.poll() is None:
-                self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 wait_for_end(self.process, 5)
                 return True
+            self.process.terminate()
         return False
 
     def __enter__(self):
@@ -531,7 +543,7 @@ def run_broker(
     ignored=(),
     prepare=None,
     show_token=False,
-    script=BROKER,
+    script=START,
 ):
     """Run `broker.py` to its own end (a configuration error, --check, --report, `-- COMMAND`).
 

@@ -77,6 +77,14 @@ class BrokerTestCase(unittest.TestCase):
         self.addCleanup(broker.close)
         return broker
 
+    def brokers(self, cases):
+        """Several that start beside each other: {case: keywords of Broker} -> {case: running Broker}."""
+        brokers = {case: self.broker(**{"wait_ready": False, **keywords}) for case, keywords in cases.items()}
+        self.addCleanup(lambda: [broker.ask_to_stop() for broker in brokers.values()])
+        for broker in brokers.values():
+            broker.wait_ready()
+        return brokers
+
     @classmethod
     def class_stub(cls, *args, **keywords):
         stub = StubUpstream(*args, **keywords)
@@ -128,8 +136,9 @@ class SharedBroker(BrokerTestCase):
     forgets what it saw before each. A class without tests of its own is started for nobody: put what several
     classes share into one."""
 
-    stub_options = {}  # keywords of StubUpstream
-    broker_options = {}  # keywords of Broker
+    tls = False  # as for StubUpstream
+    config = env = secret = None  # as for Broker
+    dry_run = False
 
     @classmethod
     def setUpClass(cls):
@@ -138,8 +147,9 @@ class SharedBroker(BrokerTestCase):
         cls.muttered_by_class.__enter__()
         cls.addClassCleanup(cls.muttered_by_class.__exit__, None, None, None)
         cls.addClassCleanup(cls.muttered_by_class.check)
-        cls.upstream = cls.class_stub(**cls.stub_options)
-        cls.served = cls.class_broker(cls.upstream, **cls.broker_options)
+        cls.upstream = cls.class_stub(tls=cls.tls)
+        keywords = {"config": cls.config, "env": cls.env, "secret": cls.secret, "dry_run": cls.dry_run}
+        cls.served = cls.class_broker(cls.upstream, **keywords)
 
     def setUp(self):
         super().setUp()
