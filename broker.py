@@ -99,12 +99,11 @@ JSON_HEAVY_BYTES, JSON_HEAVY_COMMAS = MIB, 10_000   # from here on one text is p
 READ_AHEAD_LIMIT = 64 * KIB             # what a caller may pipeline behind a request in flight
 DRAIN_STRANGER, DRAIN_CALLER = (1, 64 * KIB), (10, 64 * MIB)    # how long and how much of a refused body is dropped
 UPSTREAM_HEAD_LIMIT, INTERIM_LIMIT = 256 * KIB, 8
-CHUNK_LINE_LIMIT, TRAILERS_LIMIT = 4 * KIB, 64 * KIB
+CHUNK_LINE_LIMIT, TRAILERS_LIMIT, CHUNK_HEAP = 4 * KIB, 64 * KIB, 256
 UPSTREAM_CONNECT_SECONDS, UPSTREAM_IDLE_CONNECTIONS = 10, 64
 REJECTION_SECONDS, REJECTION_BYTES, REJECTION_WORDS = 2, 64 * KIB, 200      # of a 401: what is read, and told, of it
 RECEIVE_BYTES = 64 * KIB
 GRACE_SECONDS, LAST_SECONDS = 30, 1     # for requests in flight at the end; then to hear that they are given up
-SWITCH_SECONDS = 0.001                  # for a thread that computes, before another one has its turn
 LOOK_SECONDS = 0.2                      # how often a thread that waits for another one looks up
 FAILURE_SECONDS, RENEWAL_SECONDS = 5, 60    # a failed secret is not asked for again; a rejected one resolved anew
 SECRET_OUTPUT_LIMIT = 64 * KIB
@@ -249,9 +248,9 @@ def json_encodings() -> list[dict[int, str]]:
     """Tables of the spellings in JSON texts; each writes a text as some encoder would."""
     in_json = {ord('"'): '\\"', ord("\\"): "\\\\"}
     in_php = {**in_json, ord("/"): "\\/"}
-    # Go; Python's json_script; Java's Gson; .NET.
+    # Go; Python's json_script; PHP; Java's Gson; .NET.
     return [{}, in_json, in_php, *(
-        spelled(unsafe, form, others) for unsafe in ("<>&", "<>&'", "<>&'=", "<>&'+`", "<>&'+`\"")
+        spelled(unsafe, form, others) for unsafe in ("<>&", "<>&'", "<>&'\"", "<>&'=", "<>&'+`", "<>&'+`\"")
         for form in ("\\u%04x", "\\u%04X") for others in (in_json, in_php))]
 
 
@@ -263,13 +262,12 @@ def other_encodings() -> list[dict[int, str]]:
     alphanumeric = "".join(character for character in every if character.isascii() and character.isalnum())
     tables += [spelled(set(every) - set(safe), form) for form in ("%%%02x", "%%%02X") for safe in ("", *(
         alphanumeric + more + tilde for tilde in ("", "~")
-        for more in ("-_.", "-_./", "-_.*", "-_.!*'()", "-_.$&+:=@", "-_.!*'();,/?:@&=+$#")))]
-    # HTML: Python, PHP and Go; then numeric entities.
-    named = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
-    tables += [{**named, ord('"'): double, ord("'"): single, ord("+"): plus} for double in ('"', "&quot;", "&#34;")
-               for single in ("'", "&#x27;", "&#39;", "&#039;") for plus in ("+", "&#43;")]
-    tables += [spelled(unsafe, form) for unsafe in ("&<>\"'", "&<>\"'+", "&<>\"'+=`", "&<>\"'+=`/")
-               for form in ("&#%d;", "&#x%x;", "&#x%X;")]
+        for more in ("-_.", "-_./", "-_.*", "-_.!*()", "-_.!*'()", "-_.$&+:=@", "-_.$&+,/:;=@", "-_.!*'();,/?:@&=+$#")))]
+    # HTML: numeric entities, with names for none, three or four of them (Go; Python, PHP, .NET and the template languages).
+    three = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
+    tables += [{**spelled(unsafe, form), **named} for named in ({}, three, {**three, ord('"'): "&quot;"})
+               for unsafe in map("&<>{}".format, ("", "\"'", "\"'+", "\"'+`", "\"'=", "\"'=`", "\"'=`/", "\"'+=`", "\"'+=`/"))
+               for form in ("&#%d;", "&#%03d;", "&#x%x;", "&#x%X;")]
     return tables
 
 
@@ -288,8 +286,10 @@ class Form(NamedTuple):
 
 def written_forms(secret: bytes, encodings: list[dict[int, str]]) -> set[Form]:
     """The secret as these tables write it."""
-    text, first = secret.decode("latin-1"), max(0, len(secret) - WINDOW) // 2
-    return {Form(text.translate(table).encode("latin-1"), len(text[:first].translate(table))) for table in encodings}
+    first = max(0, len(secret) - WINDOW) // 2
+    before, rest = secret[:first].decode("latin-1"), secret[first:].decode("latin-1")
+    pairs = {(before.translate(table), rest.translate(table)) for table in encodings}
+    return {Form((begin + end).encode("latin-1"), len(begin)) for begin, end in pairs}
 
 
 def json_forms(secret: bytes) -> set[Form]:
@@ -313,23 +313,36 @@ def secret_forms(secret: bytes) -> set[Form]:
     return forms
 
 
+class Spellings(NamedTuple):
+    """All forms of one secret, and the bytes that stand in them before their ends."""
+    forms: set[Form]
+    inner_bytes: frozenset[int]
+
+    @classmethod
+    def of(cls, forms: set[Form]) -> Spellings:
+        return cls(forms, frozenset().union(*(form.whole[:-1] for form in forms)))
+
+
 class Redactor:
     """Replaces every form of the given secrets by `[redacted]`."""
 
-    def __init__(self, secrets: Iterable[str] = (), forms_of: Callable[[bytes], set[Form]] = secret_forms) -> None:
-        self.secrets = tuple(dict.fromkeys(secrets))
+    def __init__(self, secrets: Iterable[str] = (), forms_of: Callable[[bytes], set[Form]] = secret_forms,
+                 known: Redactor | None = None) -> None:
+        """`known` has made the forms of some of them already: for a long secret that takes a while."""
+        made = known.secrets if known is not None else {}
+        self.secrets: dict[str, Spellings] = {
+            secret: made.get(secret) or Spellings.of(forms_of(secret.encode("utf-8", "surrogateescape"))) for secret in secrets}
         self.windows: dict[bytes, list[Form]] = {}
-        for secret in self.secrets:
-            for form in forms_of(secret.encode("utf-8", "surrogateescape")):
-                self.windows.setdefault(form.window, []).append(form)
+        for form in (form for spellings in self.secrets.values() for form in spellings.forms):
+            self.windows.setdefault(form.window, []).append(form)
         self.forms = [form.whole for forms in self.windows.values() for form in forms]
         self.longest = max(map(len, self.forms), default=0)
-        self.first_bytes = frozenset(form[0] for form in self.forms)
-        self.inner_bytes = frozenset(byte for form in self.forms for byte in form[:-1])
+        self.beginnings = frozenset(form[:WINDOW] for form in self.forms)
+        self.inner_bytes = frozenset().union(*(spellings.inner_bytes for spellings in self.secrets.values()))
 
     def also(self, secret: str | None) -> Redactor:
         """One that knows this secret too: that of a request in flight may have been rotated away long ago."""
-        return self if secret is None or secret in self.secrets else Redactor((*self.secrets, secret))
+        return self if secret is None or secret in self.secrets else Redactor((*self.secrets, secret), known=self)
 
     def _window_places(self, data: bytes) -> list[tuple[int, bytes]]:
         if len(data) < 2 * len(self.windows):       # many secrets in little text: one look-up a place costs less
@@ -360,10 +373,10 @@ class Redactor:
         if not places:
             return data
         pieces, done = [], 0
-        for begin, end in sorted(places):
-            if begin >= done:
+        for begin, end in sorted(places, key=lambda place: (place[0], -place[1])):
+            if begin >= done:               # the first one counts, the longest of several that begin together
                 pieces += [data[done:begin], REDACTED]
-            done = max(done, end)
+                done = end
         return b"".join([*pieces, data[done:]])
 
     def text(self, text: str) -> str:
@@ -374,7 +387,8 @@ class Redactor:
         if not data or data[-1] not in self.inner_bytes:
             return 0
         for at in range(max(0, len(data) - self.longest + 1), len(data)):
-            if data[at] in self.first_bytes and any(form.startswith(data[at:]) for form in self.forms):
+            is_likely = at > len(data) - WINDOW or data[at:at + WINDOW] in self.beginnings
+            if is_likely and any(form.startswith(data[at:]) for form in self.forms):
                 return len(data) - at
         return 0
 
@@ -415,10 +429,11 @@ class Hidden:
                 return
             self._values[kind] = [*(other for other in known if other != value), value][-1 - self.FORMER:]
             values = [value for values in self._values.values() for value in values]
-            self.in_output = Redactor(values)
+            self.in_output = Redactor(values, known=self.in_output)
             if in_answers:
                 secrets = [value for kind, values in self._values.items() if kind.startswith("secret ") for value in values]
-                self.in_answers, self.in_bodies = Redactor(secrets), Redactor(secrets, json_forms)
+                self.in_answers = Redactor(secrets, known=self.in_output)
+                self.in_bodies = Redactor(secrets, json_forms, known=self.in_bodies)
 
 
 HIDDEN = Hidden()
@@ -591,7 +606,8 @@ def decoded_path(path: str) -> str:
     if "//" in path or (path.endswith("/") and path != "/"):
         raise Malformed("its path has an empty segment: leave out the slash at the end of the client's base URL")
     if not PLAIN_PATH.fullmatch(path):
-        raise Malformed("its path has a character that is not A-Z a-z 0-9 . _ ~ : @ + , = - / or %XX")
+        strange = re.search(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~:@+,=\-/%]", path)
+        raise Malformed(f"its path has {ascii(strange and strange[0])}, and may have only A-Z a-z 0-9 . _ ~ : @ + , = - / %XX")
     if not {".", ".."}.isdisjoint(path.split("/")):
         raise Malformed("its path has a dot segment")
     if "%" not in path:
@@ -612,11 +628,11 @@ class RequestHead(Head):
     """A request's head, its path and Host in the one accepted form."""
 
     def __init__(self, raw: bytes) -> None:
+        if raw.count(b"\n") > HEADER_COUNT_LIMIT + 2:       # before they are read: a thousand of one name take long to join
+            raise TooLong(f"it has more than {HEADER_COUNT_LIMIT} headers")
         super().__init__(raw, REQUEST_LINE)
         self.method, self.target = str(self.line[1]), str(self.line[2])
         self.path, _, self.query = self.target.partition("?")
-        if len(self.lines) > HEADER_COUNT_LIMIT:
-            raise TooLong(f"it has more than {HEADER_COUNT_LIMIT} headers")
         self.decoded_path = decoded_path(self.path)
         if "host" not in self.fields or "host" in self.repeated:
             raise Malformed("it must have exactly one Host header")
@@ -800,7 +816,9 @@ class Rule:
 
 def other_reading(path: str) -> str:
     """The path with the `/v1` that is missing, or without the one that is there twice: base URLs differ."""
-    return path.replace("/v1/v1/", "/v1/", 1) if "/v1/v1/" in path else f"/v1{path}"
+    if "/v1/v1/" in path:
+        return path.replace("/v1/v1/", "/v1/", 1)
+    return path if path.startswith("/v1/") else f"/v1{path}"
 
 
 def check_query(query: str) -> None:
@@ -1107,7 +1125,7 @@ def first_and_last_words(errors: bytes) -> str:
     """Of a command's stderr, masked: az writes six warnings before its reason, op's mend stands in the last line."""
     lines = [" ".join(line.split()) for line in masked(errors.decode("utf-8", "replace")).splitlines() if line.strip()]
     kept = [lines[0], "…", *lines[-3:]] if len(lines) > 4 else lines or ["nothing"]
-    room = 400 // len(kept)
+    room = 800 // len(kept)             # enough for a whole line of az, with the command that mends it
     return " / ".join(line if len(line) <= room else f"{line[:room * 2 // 3]}…{line[-room // 3:]}" for line in kept)
 
 
@@ -1682,7 +1700,8 @@ class UsageReader:
     def __init__(self, content_type: str) -> None:
         self.counts: dict[str, int] = {}
         self.failed = False
-        self._is_json_lines = "ndjson" in content_type.lower()
+        # Some send an error as bare JSON between events.
+        self._is_several = any(kind in content_type.lower() for kind in ("ndjson", "stream+json", "event-stream"))
         self._is_stream = False             # the JSON text that is read now is one of several
         self._places: list[Place] = []      # the way down to here in it; empty between two of them
         self._below = 0                     # brackets open further down, where nothing counts
@@ -1692,6 +1711,7 @@ class UsageReader:
 
     def feed(self, data: bytes) -> None:
         if not self._places and not self._pending and is_plain_event(data):
+            self._is_several = True
             return
         data, self._pending, at = self._pending + data, b"", 0
         while at < len(data):
@@ -1729,7 +1749,8 @@ class UsageReader:
             self._pending = rest if len(rest) <= KEY_LIMIT else b"?"
             return len(data)
         if match[2]:
-            self._is_stream = self._is_json_lines or bool(match[1]) or match[2] == b"["
+            self._is_several |= bool(match[1])
+            self._is_stream = self._is_several or match[2] == b"["
             self._places, self._below, self._key = [ROOT if match[2] == b"{" else TOP_LIST], 0, None
             self._has_colon = False
         elif ERROR_EVENT.fullmatch(match[0]):
@@ -2358,6 +2379,7 @@ FOREIGN_FIELDS = ("method", "path", "model", "upstream_request_id")
 LOG_LINE_LIMIT, PENDING_LIMIT = MIB, 20_000     # of a log that is read: a line, and requests without a response yet
 BYTES_A_TOKEN = 4                       # for an estimate, where nobody counts
 encode_json = json.JSONEncoder(separators=(",", ":")).encode
+first_json = json.JSONDecoder().raw_decode      # at half the price of json.loads: a start reads hundreds of thousands of lines
 
 
 def utc_time() -> str:
@@ -2400,7 +2422,7 @@ class EventLog:
     def __init__(self, path: str, exclusive: bool) -> None:
         self.path, self.exclusive = path, exclusive
         self._lock = threading.Lock()       # held for a write: two lines must not mix, and a torn one must be known
-        self._fd, self._torn, self._locked = -1, False, False
+        self._fd, self._torn, self._locked, self._is_closed = -1, False, False, False
 
     @staticmethod
     def _check(found: os.stat_result) -> None:
@@ -2451,6 +2473,13 @@ class EventLog:
             os.close(fd if same else self._fd)      # a lock is the descriptor's that has it
         self._fd, self._torn, self._locked = self._fd if same else fd, torn, self.exclusive
 
+    def become_ledger(self) -> None:
+        """From now on nobody else may write it."""
+        with self._lock:
+            if not self._locked:
+                lock_exclusively(self._fd)
+                self.exclusive = self._locked = True
+
     def append(self, event: str, fields: dict[str, Any]) -> None:
         """Writes one line; in what others chose the secret and the tokens are redacted."""
         if not EVENT_FIELDS[event].issuperset(fields):
@@ -2458,6 +2487,8 @@ class EventLog:
         foreign = {name: loggable(fields[name]) for name in FOREIGN_FIELDS if fields.get(name)}
         data = (encode_json({"time": utc_time(), "event": event, **fields, **foreign}) + "\n").encode()
         with self._lock:
+            if self._is_closed:
+                return                  # the last line stands there already
             # A deleted file is noticed by its link count, without a look at its path.
             if self._fd < 0 or os.fstat(self._fd).st_nlink == 0:
                 self._open()
@@ -2479,7 +2510,7 @@ class EventLog:
         with self._lock:
             if self._fd >= 0:
                 os.close(self._fd)
-            self._fd = -1
+            self._fd, self._is_closed = -1, True
 
 
 def read_events(path: str, day: str = "") -> Iterator[dict[str, Any] | None]:
@@ -2491,8 +2522,9 @@ def read_events(path: str, day: str = "") -> Iterator[dict[str, Any] | None]:
             if day and line.startswith(b'{"time":"') and line[9:19] != day.encode():
                 continue
             try:
-                event = json.loads(line)
-                if not isinstance(event, dict) or event.get("event") not in EVENT_FIELDS:
+                text = line.decode()
+                event, end = first_json(text)
+                if text[end:].strip() or not isinstance(event, dict) or event.get("event") not in EVENT_FIELDS:
                     raise ValueError
             except (ValueError, TypeError, RecursionError):
                 event = None
@@ -2527,24 +2559,30 @@ def tokens_in(usage: Any) -> int:
 def used_today(path: str) -> tuple[dict[str, int], int]:
     """(tokens that each client has used, lines that can't be read), from the log and its rotated files. Raises OSError."""
     used: collections.Counter[str] = collections.Counter()
-    pending: dict[str, tuple[str, int]] = {}        # requests without their response: whose, and an estimate
+    # Requests without their response: whose, and an estimate; None where nothing is charged.
+    pending: dict[str, tuple[str, int | None]] = {}
     unreadable = 0
     for file in log_files(path):
         for event in read_events(file, utc_day()):
             try:
                 if event is None:
                     raise ValueError
-                if event["event"] == "request" and event["mode"] == "proxy" and event["method"] in BODY_METHODS:
-                    pending[str(event["id"])] = str(event["client"]), estimated_tokens(int(event["request_bytes"]))
+                if event["event"] == "request":
+                    asks = event["mode"] == "proxy" and event["method"] in BODY_METHODS
+                    tokens = estimated_tokens(int(event["request_bytes"])) if asks else None
+                    pending[str(event["id"])] = str(event["client"]), tokens
                     if len(pending) > PENDING_LIMIT:
                         client, tokens = pending.pop(next(iter(pending)))
-                        used[client] += tokens
-                elif event["event"] == "response" and (begun := pending.pop(str(event["id"]), None)) is not None:
-                    used[begun[0]] += tokens_in(event["usage"])
+                        used[client] += tokens or 0
+                elif event["event"] == "response":
+                    # Without its request it began before midnight: the day is the response's.
+                    unknown = str(event.get("client")), None if event["outcome"] == "dry_run" else 0
+                    client, tokens = pending.pop(str(event["id"]), unknown)
+                    used[client] += tokens_in(event["usage"]) if tokens is not None else 0
             except (KeyError, TypeError, ValueError, OverflowError):
                 unreadable += 1
     for client, tokens in pending.values():
-        used[client] += tokens
+        used[client] += tokens or 0
     return used, unreadable
 
 
@@ -2570,18 +2608,18 @@ class Limits:
         self._uses: dict[str, ClientUse] = collections.defaultdict(ClientUse)
         self._day = utc_day()
 
-    def _use(self, client: ClientConfig) -> ClientUse:
+    def _use(self, name: str) -> ClientUse:
         if self._day != (today := utc_day()):
             self._day = today
             for use in self._uses.values():
                 use.used = 0
-        return self._uses[client.name]
+        return self._uses[name]
 
     def load(self, used: dict[str, int]) -> None:
         """What the log says of today."""
         with self._lock:
             for name, tokens in used.items():
-                self._uses[name].used = tokens
+                self._use(name).used = tokens       # a new day first: it would set them back to nothing later
 
     def _fill(self, use: ClientUse, rate: int) -> None:
         """A bucket of `rate` places, full at first, filled by `rate` a minute."""
@@ -2592,7 +2630,7 @@ class Limits:
     def enter(self, client: ClientConfig) -> None:
         """Takes a place for a request. Raises RequestError; a refusal by the rate costs nothing."""
         with self._lock:
-            use, rate = self._use(client), client.requests_per_minute
+            use, rate = self._use(client.name), client.requests_per_minute
             if rate is not None:
                 self._fill(use, rate)
                 if use.places < 1:
@@ -2606,33 +2644,33 @@ class Limits:
 
     def leave(self, client: ClientConfig) -> None:
         with self._lock:
-            self._use(client).in_flight -= 1
+            self._use(client.name).in_flight -= 1
 
     def reserve(self, client: ClientConfig, asked: int) -> None:
         """Sets tokens aside for a request. Raises RequestError where they don't fit into the day's budget."""
         with self._lock:
-            use, budget = self._use(client), client.tokens_per_day
+            use, budget = self._use(client.name), client.tokens_per_day
             if budget is not None and use.used + use.reserved + asked > budget:
                 midnight = 86400 - int(time.time()) % 86400
                 fits_later = use.used + asked <= budget
+                patience = "" if asked > budget else f"wait {'for those in flight' if fits_later else 'until midnight UTC'}, "
                 raise RequestError(
                     "budget_exhausted", f"{client.name} may use {budget} tokens a day (tokens_per_day): {use.used} are used, "
                     f"{use.reserved} reserved by requests in flight, and this request asks for {asked}. Ask for fewer "
-                    f"(max_tokens), wait {'for those in flight' if fits_later else 'until midnight UTC'}, or have whoever runs "
-                    "the broker raise it", wait=1 if fits_later else midnight)
+                    f"(max_tokens), {patience}or have whoever runs the broker raise it", wait=1 if fits_later else midnight)
             use.reserved += asked
 
     def settle(self, client: ClientConfig, asked: int, used: int) -> None:
         """Gives back what was reserved, and charges what was used."""
         with self._lock:
-            use = self._use(client)
+            use = self._use(client.name)
             use.reserved -= asked
             use.used += used
 
     def left(self, client: ClientConfig) -> dict[str, int]:
         """By the configuration's names."""
         with self._lock:
-            use = self._use(client)
+            use = self._use(client.name)
             if client.requests_per_minute is not None:
                 self._fill(use, client.requests_per_minute)
             left = {"requests_per_minute": int(use.places),
@@ -2671,13 +2709,13 @@ class Capacity:
 
 HOST = re.compile(r"(.+?)(?::[0-9]{1,5})?")
 # RFC 9110 section 8.3.1. A charset other than UTF-8 would let two parsers read two texts; every other parameter, and an
-# empty one, says nothing about the text. Blanks stand in one place only: in two, a failing match would take exponential time.
+# empty one, says nothing about the text. Blanks stand in one place: in two, a match that fails takes exponential time.
 JSON_CONTENT = re.compile(
     rf'application/json[ \t]*(?:;[ \t]*(?:(?:charset=(?:utf-?8|us-ascii|"utf-?8"|"us-ascii")'
     rf'|(?!charset){TOKEN}=(?:{TOKEN}|"[^"\\]*"))[ \t]*)?)*', re.I)
 CASE_SENSITIVE_KEYS = frozenset(("model", "stream", "tools", "messages", "input"))
 # json holds the interpreter's lock for a whole text: a long one, or one of many small parts, is parsed alone.
-HEAVY_PARSING = threading.Lock()
+HEAVY_WORK = threading.Lock()
 
 
 class Caller(NamedTuple):
@@ -2716,10 +2754,10 @@ def check_not_a_web_page(head: RequestHead) -> None:
 
     Node's fetch sends Sec-Fetch-Mode, so that one may not decide.
     """
-    if "origin" in head.fields and "sec-fetch-site" not in head.fields:
+    if "origin" in head.fields:
         raise RequestError("browser_not_allowed", "the request has an Origin header: a web page or a desktop app's web view made "
                            "it, and the broker serves none: make the call from the app's main process, or from a program")
-    if not head.fields.keys().isdisjoint(("origin", "sec-fetch-site", "access-control-request-method")):
+    if not head.fields.keys().isdisjoint(("sec-fetch-site", "access-control-request-method")):
         raise RequestError("browser_not_allowed", "a web browser made this request, and the broker serves none: call it from "
                            "a program (curl, an SDK, an agent)")
 
@@ -2793,9 +2831,9 @@ def find_route(head: RequestHead, caller: Caller) -> Route:
 
 
 def media_type(field: str) -> str:
-    """Of a Content-Type header, lower case; "" for JSON that is not surely UTF-8."""
-    kind = field.partition(";")[0].strip().lower()
-    return "" if kind == JSON_TYPE and not JSON_CONTENT.fullmatch(field) else kind
+    """Of a Content-Type header, lower case; "" for two of them, and for JSON that is not surely UTF-8."""
+    kind, is_list = field.partition(";")[0].strip().lower(), "," in re.sub('"[^"]*"', "", field)
+    return "" if is_list or (kind == JSON_TYPE and not JSON_CONTENT.fullmatch(field)) else kind
 
 
 def check_body_head(head: RequestHead, types: frozenset[str], limit: int) -> None:
@@ -2843,6 +2881,21 @@ def body_facts(path: str, members: dict[str, Any], keep: bool, client: ClientCon
                      members.get("stream") is True, members if keep else {})
 
 
+@contextlib.contextmanager
+def parsing_turn(body: bytes) -> Iterator[None]:
+    """One long text is parsed at a time, but for one of few parts: that one need not wait for the others."""
+    is_long = len(body) > JSON_LIGHT_BYTES
+    alone = is_long and HEAVY_WORK.acquire(blocking=False)
+    # Without commas there are few parts: what is nested deeply ends the parser soon.
+    if is_long and not alone and (len(body) > JSON_HEAVY_BYTES or body.count(b",") > JSON_HEAVY_COMMAS):
+        alone = HEAVY_WORK.acquire()
+    try:
+        yield
+    finally:
+        if alone:
+            HEAVY_WORK.release()
+
+
 def check_body(head: RequestHead, path: str, body: bytes, keep: bool, client: ClientConfig) -> BodyFacts:
     """The facts of a body that is JSON, and of one that is not. Attack: a text that takes seconds to parse."""
     if not body or media_type(head.fields["content-type"]) != JSON_TYPE:
@@ -2850,9 +2903,7 @@ def check_body(head: RequestHead, path: str, body: bytes, keep: bool, client: Cl
     if len(body) > JSON_COST_LIMIT and (cost := sum(map(body.count, (b"{", b"[", b",")))) > JSON_COST_LIMIT:
         raise RequestError("request_too_large", f"the JSON body has {cost} of {{ [ and , together, the broker takes "
                            f"{JSON_COST_LIMIT}: send less at once")
-    # Without commas there are few parts: what is nested deeply ends the parser soon.
-    is_heavy = len(body) > JSON_HEAVY_BYTES or (len(body) > JSON_LIGHT_BYTES and body.count(b",") > JSON_HEAVY_COMMAS)
-    with HEAVY_PARSING if is_heavy else contextlib.nullcontext():
+    with parsing_turn(body):
         return body_facts(path, check_json(body), keep, client)
 
 
@@ -3075,7 +3126,7 @@ class Answer:
         self._body = Body(0 if self.has_no_body else head.length, head.chunked and not self.has_no_body, strict=False)
         # Attack: a body after an answer that has none, or to a GET that had one itself and did not expect it read: it would
         # be the next caller's answer.
-        self._keep = keep if head.keep_alive and not self.has_no_body else None
+        self._keep, self._is_closed = keep if head.keep_alive and not self.has_no_body else None, False
         self.announced_length = head.length if self.has_no_body and head.status != 204 else None
 
     @property
@@ -3088,13 +3139,12 @@ class Answer:
 
     def ready(self) -> bytes:
         """The body's bytes that have come. Raises RequestError."""
-        if not self._body.done:
-            try:
+        data = b""
+        try:
+            if not self._body.done:
                 data, self._wire.buffer = self._body.take(self._wire.buffer)
-            except Malformed as error:
-                raise protocol_error(error) from None
-        else:
-            data = b""
+        except Malformed as error:
+            raise protocol_error(error) from None
         if self._body.done:
             self.close()
         return data
@@ -3115,11 +3165,12 @@ class Answer:
 
     def close(self) -> None:
         """Gives the connection back if the answer was read exactly to its end, or else closes it."""
-        keep, self._keep = self._keep, None
-        if keep is not None and self._body.done and not self._wire.buffer:
-            keep(self._wire)
-            self._wire = Wire.__new__(Wire)     # it may be another's by now
-        elif hasattr(self._wire, "sock"):
+        if self._is_closed:
+            return                          # the connection may be another's by now
+        self._is_closed = True
+        if self._keep is not None and self._body.done and not self._wire.buffer:
+            self._keep(self._wire)
+        else:
             self._wire.close()
 
 
@@ -3223,7 +3274,7 @@ def find_proxy(address: Address) -> Proxy | None:
             raise ValueError
         if parts.username is None:
             return Proxy(host, port, "")
-        pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}".encode()
+        pair = ":".join(urllib.parse.unquote(word, errors="strict") for word in (parts.username, parts.password or "")).encode()
     except ValueError:
         raise ConfigError("HTTPS_PROXY: must be http://[user:password@]host[:port], in UTF-8: TLS to the proxy (https://) and "
                           "SOCKS are not supported; name another one, or unset it") from None
@@ -3464,7 +3515,7 @@ class Upstream:
                 failure = OSError(code, os.strerror(code))
             except OSError as error:
                 failure = error
-            except ClientDisconnected:
+            except BaseException:       # the caller has left, or Ctrl-C ends --check
                 if wire is not None:
                     wire.close()
                 raise
@@ -3493,7 +3544,7 @@ class Upstream:
             raise
         except ssl.SSLCertVerificationError as error:
             raise RequestError("upstream_tls_error", f"the certificate of {address.authority} is not valid: "
-                               f"{error.verify_message}. Is a proxy in the way, or SSL_CERT_FILE missing?") from None
+                               f"{error.verify_message.rstrip('.')}. Is a proxy in the way, or SSL_CERT_FILE missing?") from None
         except OSError as error:
             reason = getattr(error, "reason", None) or "the connection was closed"
             raise RequestError("upstream_tls_error", f"no TLS with {address.authority}: {reason}") from None
@@ -3528,7 +3579,7 @@ class State(NamedTuple):
 INHERITED_LIMITS: dict[int, tuple[int, int]] = {}       # as they were, for the command that we start
 INHERITED_SIGNALS: dict[int, Any] = {}
 WANTED_DESCRIPTORS = 65536
-OWN_CHILDREN: set[int] = set()          # the command that is served
+OWN_CHILDREN, OWN_CHILDREN_LOCK = set[int](), threading.Lock()     # the command that is served
 LINKS_ON_THE_WAY = 40                   # as many as Linux follows
 
 
@@ -3571,8 +3622,9 @@ def reap_orphans() -> None:
         try:
             # Only looked at: our own children are waited for elsewhere, and soon.
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is None or found.si_pid in OWN_CHILDREN or RUNNING_COMMANDS.has(found.si_pid):
-                return
+            with OWN_CHILDREN_LOCK:
+                if found is None or found.si_pid in OWN_CHILDREN or RUNNING_COMMANDS.has(found.si_pid):
+                    return
             os.waitpid(found.si_pid, os.WNOHANG)
         except ChildProcessError:
             return
@@ -3743,7 +3795,7 @@ class Exchange:
         self.secret: str | None = None          # the one that was attached
         self.logged = False                     # the log has the request line, so it gets a response line
         self.status: int | None = None          # of the answer whose head has gone out
-        self.error: RequestError | None = None
+        self.refused = ""                       # the error code; the error itself would keep the body alive, by its traceback
         self.outcome = ""
         self.is_whole = False                   # the answer came to its end
         self.response_bytes, self.attempt = 0, 1
@@ -3928,6 +3980,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except EOFError:
             raise ClientDisconnected from None
         except TimeoutError:
+            exchange.method, exchange.path = asked_for(self.wire.buffer)
             raise RequestError("request_timeout", f"the request's head took longer than {HEAD_SECONDS} seconds") from None
         exchange.method, exchange.path = head.method, head.path
         if head.length or head.chunked:
@@ -3945,7 +3998,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pieces: list[bytes] = []
         try:
             while True:
-                piece, self.wire.buffer = source.take(self.wire.buffer)
+                # Attack: chunks of one byte, from many callers at once. One thread at a time takes such a heap apart.
+                is_heap = head.chunked and self.wire.buffer.count(b"\r\n") > CHUNK_HEAP
+                with HEAVY_WORK if is_heap else contextlib.nullcontext():
+                    piece, self.wire.buffer = source.take(self.wire.buffer)
                 pieces.append(piece)
                 exchange.request_bytes += len(piece)
                 if head.chunked:
@@ -3983,7 +4039,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The answer as it arrives: each piece at once, the secret redacted."""
         lines, piece = answer.end_to_end(), answer.ready()
         kind = re.search(r"(?im)^content-type:(.*)", lines)
-        stream, usage = RedactedStream(HIDDEN.in_answers.also(exchange.secret)), UsageReader(kind[1] if kind else "")
+        known, usage = HIDDEN.in_answers, UsageReader(kind[1] if kind else "")
+        stream = RedactedStream(known.also(exchange.secret))
         data, whole = stream.feed(piece, answer.done), answer.done
         chunked = not whole and head.minor
         keep = head.keep_alive and not self.server.stopping and (whole or head.minor)
@@ -4006,7 +4063,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if start or data:
                     self.send(exchange, start + framed)
                 start = b""
-                data = stream.feed(answer.read(), answer.done)
+                piece = answer.read()
+                if HIDDEN.in_answers is not known:      # a secret was rotated in meanwhile: it counts from now on
+                    known = HIDDEN.in_answers
+                    stream.redactor = known.also(exchange.secret)
+                data = stream.feed(piece, answer.done)
         finally:
             usage.finish()
             exchange.usage = exchange.usage or usage.usage
@@ -4039,7 +4100,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.outcome = "upstream_aborted"
             self.close_connection = True
             return self.wire.close(abort=True)
-        exchange.outcome, exchange.error = error.code, error
+        exchange.outcome = exchange.refused = error.code
         exchange.upstream_request_id = error.upstream_request_id or exchange.upstream_request_id
         if not exchange.logged:
             exchange.log_denied(error)
@@ -4205,10 +4266,12 @@ class Server(http.server.ThreadingHTTPServer):
         """Takes the port; connections wait in its queue until `serve_forever`. Raises OperationalError."""
         self.state, self.log = state, log
         self.connections, self.limits, self.capacity, self.denials = Connections(), Limits(), Capacity(), Denials()
-        self.stopping = self.gave_up = self.has_ledger = False
+        self.stopping = self.gave_up = False
+        self.counted: set[str] = set()      # the clients with a budget: of the others nobody adds up what they use
         self.shows_requests = False         # a line on stderr for each
         self._guard: socket.socket | None = None
-        self._reloading = threading.Lock()
+        self._next_sweep = 0.0
+        self._reloading, self._reloads = threading.Lock(), threading.BoundedSemaphore(2)    # one under way, one waiting
         port = state.config.listen_port
         for _ in range(20 if port == 0 else 1):     # a free port has to be free on ::1 as well
             super().__init__(("127.0.0.1", port), Handler, bind_and_activate=False)
@@ -4270,57 +4333,70 @@ class Server(http.server.ThreadingHTTPServer):
             report_bug(bug)
 
     def service_actions(self) -> None:
-        for upstream in self.state.upstreams.values():
-            upstream.sweep()
-        reap_orphans()
+        """Called after each connection as well, so it looks at the clock."""
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + LOOK_SECONDS
+            for upstream in self.state.upstreams.values():
+                upstream.sweep()
+            reap_orphans()
 
     def show(self, exchange: Exchange) -> None:
         """A line for whoever watches the terminal."""
         if self.shows_requests:
             usage, client = exchange.usage or {}, exchange.caller.client.name if exchange.caller is not None else "-"
             tokens = f" {tokens_in(usage)} tokens" if usage else ""
-            what = f"refused: {exchange.error.code}" if exchange.error is not None else f"{exchange.status} {exchange.outcome}"
+            what = f"refused: {exchange.refused}" if exchange.refused else f"{exchange.status} {exchange.outcome}"
             say(f"{time.strftime('%H:%M:%S')} {client} {exchange.method or '-'} {(exchange.path or '-')[:LOGGED_STRING_LIMIT]} "
                 f"{(exchange.facts.model or '-')[:64]} {what} {exchange.milliseconds():.0f} ms{tokens}")
 
     def load_ledger(self, config: Config) -> None:
-        """What the budgets' log says of today, once. Raises OSError."""
-        if config.has_budgets and not self.has_ledger:
+        """What the log says of today, for each client that has a budget since now. Raises OSError."""
+        budgets = {client.name for client in config.clients if client.tokens_per_day is not None}
+        if new := budgets - self.counted:
             used, unreadable = used_today(config.event_log)
-            self.limits.load(used)
-            self.has_ledger = True
+            self.limits.load({name: used.get(name, 0) for name in new})
             if unreadable:
                 say(f"broker: {unreadable} lines of the event log can't be read, and count as nothing: {config.event_log}")
+        self.counted = budgets
 
     def reload(self, make: Callable[[Config], State]) -> None:
         """SIGHUP: configuration, tokens, secrets and the log's file anew; what is wrong changes nothing. `make`: a state."""
+        if not self._reloads.acquire(blocking=False):
+            return                      # one that has not begun yet will read all this
         with self._reloading:
-            old = self.state
             try:
-                config, waits = reread_config(old.config)
-                self.log.exclusive |= config.has_budgets
                 self._reopen_log()
-                state = make(config)
-                try:
-                    state.resolve_secrets()
-                    self.load_ledger(config)
-                except BaseException:
-                    state.close()
-                    raise
+                waits = self._replace_state(make)
             except (ConfigError, SecretUnavailable, OSError) as error:
-                return say(f"broker: reload: nothing was changed: {error}")
-            self.state = state
-            old.close()
-            say("broker: reloaded" + (f"; changed, but only after a restart: {', '.join(waits)}" if waits else ""))
-            self.log.write("reload", self.lifecycle)
+                say(f"broker: reload: nothing was changed: {error}")
+            else:
+                say("broker: reloaded" + (f"; changed, but only after a restart: {', '.join(waits)}" if waits else ""))
+                self.log.write("reload", self.lifecycle)
+            finally:
+                self._reloads.release()
 
     def _reopen_log(self) -> None:
         try:
             self.log.open()
         except OSError as error:
             say(f"broker: reload: the event log can't be opened anew, the old file stays in use: {error.strerror}")
-            if self.log.exclusive and not self.has_ledger:
-                raise
+
+    def _replace_state(self, make: Callable[[Config], State]) -> list[str]:
+        """Returns the keys that wait for a restart. Raises ConfigError, SecretUnavailable, OSError."""
+        old = self.state
+        config, waits = reread_config(old.config)
+        state = make(config)
+        try:
+            state.resolve_secrets()
+            if config.has_budgets:
+                self.log.become_ledger()
+            self.load_ledger(config)
+        except BaseException:
+            state.close()
+            raise
+        self.state = state
+        old.close()
+        return waits
 
     def stop(self) -> None:
         """No new requests; those in flight go on."""
@@ -4362,8 +4438,8 @@ class Signals:
     NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
     HANG_UP, QUIT = getattr(signal, "SIGHUP", None), getattr(signal, "SIGQUIT", None)
 
-    def __init__(self) -> None:
-        self.raising = True
+    def __init__(self, serves: bool) -> None:
+        self.raising, self._serves = True, serves
         self._arrived: collections.deque[int] = collections.deque()
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
@@ -4374,9 +4450,9 @@ class Signals:
             INHERITED_SIGNALS[number] = signal.signal(number, self._take)
 
     def _take(self, number: int, frame: Any) -> None:
-        if not self.raising:
+        if not self.raising or (self._serves and self.is_reload(number)):
             self._arrived.append(number)
-        elif number != self.HANG_UP or INHERITED_SIGNALS[number] != signal.SIG_IGN:
+        else:
             self.raising = False            # one is enough: the next must not interrupt the way out
             raise KeyboardInterrupt(number)
 
@@ -4627,13 +4703,13 @@ def run_command(command: list[str], server: Server, signals: Signals, reload: Ca
     """Serves while the command runs; returns what a shell would call its exit code."""
     import subprocess
     try:
-        with as_inherited():
+        with as_inherited(), OWN_CHILDREN_LOCK:
             process = subprocess.Popen(command, env=environment)
+            OWN_CHILDREN.add(process.pid)
     except (OSError, ValueError) as error:
         say(f"broker: error: the command {command[0]!r} can't be run: {getattr(error, 'strerror', None) or error}")
         server.stop()
         return 127 if isinstance(error, FileNotFoundError) else 126
-    OWN_CHILDREN.add(process.pid)
 
     def wait() -> None:
         process.wait()
@@ -4649,18 +4725,19 @@ def run_command(command: list[str], server: Server, signals: Signals, reload: Ca
     server.gave_up = True
     server.stop()
     server.connections.end_reading()
+    deadline = time.monotonic() + LOOK_SECONDS
+    while len(server.connections) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS / 20)   # so that the log has their last lines
     return 128 - process.returncode if process.returncode < 0 else process.returncode
 
 
 def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
     """Serves until a signal, or for as long as the command runs."""
-    signals = Signals()
+    signals = Signals(serves=True)
     try:
         state, warnings = prepare(config, run_as)
         server = open_server(state)
         signals.raising = False
-        # More often than by default, so that a caller's small request need not wait for another's long computation.
-        sys.setswitchinterval(SWITCH_SECONDS)
         threading.Thread(target=server.serve_forever, args=(LOOK_SECONDS,), daemon=True).start()
 
         def reload() -> None:
@@ -4701,7 +4778,7 @@ def check_upstream(upstream: Upstream) -> str:
 
 def run_check(config: Config) -> int:
     """--check: all that a start does, but for the port and files; says it in plain words."""
-    signals = Signals()
+    signals = Signals(serves=False)
     try:
         state, warnings = prepare(config, None)
         try:
@@ -4896,7 +4973,8 @@ def run_options(options: Any, command: list[str]) -> int:
         return serve(config, command, run_as_whom(config, options.client) if command else None)
     except KeyboardInterrupt as stopped:    # before the broker was ready
         asked = any(upstream.source.kind == "prompt" for upstream in config.upstreams)
-        return 128 + stopped.args[0] if stopped.args and (command or options.check or asked) else 0
+        at_once = command or options.check or asked or stopped.args[:1] == (Signals.QUIT,)
+        return 128 + stopped.args[0] if stopped.args and at_once else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -4905,7 +4983,10 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")    # a model's name may have any letters, a pipe may not
     try:
-        return run_options(options, command)
+        code = run_options(options, command)
+        if sys.stdout is not None:
+            sys.stdout.flush()                      # here: at the interpreter's end `--report | head` would be a failure
+        return code
     except (ConfigError, OperationalError) as error:
         say(f"broker: error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
@@ -4914,6 +4995,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # or the interpreter would complain at its end
         return 0
+    except OSError as error:
+        say(f"broker: error: the output can't be written: {error.strerror}: give it another place")
+        return 1
     except Exception as bug:
         report_bug(bug)
         return 1
