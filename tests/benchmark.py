@@ -1,13 +1,14 @@
 """What the broker costs, beside what people would use instead: `python tests/benchmark.py`.
 
     python tests/benchmark.py             every row, some minutes
-    python tests/benchmark.py --quick     every row with fewer samples, under a minute
-    python tests/benchmark.py --gate      exit 1 if a row is worse than three times its aim
+    python tests/benchmark.py --quick     every row with fewer samples, a minute or so
+    python tests/benchmark.py --gate      exit 1 if a row is worse than three times its aim, twice
     python tests/benchmark.py --profile   where a request's time goes inside the broker
     python tests/benchmark.py --json FILE --rows latency,load
 
 All in one run, so that the numbers can be compared: the callers' way straight to the upstream (`direct`), through
-nginx, through a proxy written by hand with aiohttp, and through the broker, in turns on the same connections.
+nginx, through a proxy written by hand with aiohttp, through the script that one writes first (`early`, for scale), and
+through the broker, in turns on the same connections. `installed` is the broker as its installed command starts it.
 A peer that is not installed is named and left out. Everything stays on loopback, in processes started here and
 ended here. The machine should have nothing else to do: the peers share what the others leave them.
 """
@@ -19,6 +20,7 @@ import contextlib
 import json
 import os
 import platform
+import py_compile
 import secrets
 import shutil
 import signal
@@ -41,8 +43,13 @@ from tests.bench import wire  # noqa: E402
 
 TOKEN = "token-bench-" + secrets.token_urlsafe(24)
 SECRET = "sk-bench-" + secrets.token_urlsafe(32)
-PEERS = ("direct", "nginx", "aiohttp", "broker")
-ROWS = ("latency", "load", "streams", "start", "idle", "growth", "cost")
+PEERS = ("direct", "nginx", "aiohttp", "early", "broker")
+COLUMNS = (*PEERS, "installed")  # it differs from the broker in how it starts, and in what stays of that in memory
+ROWS = ("latency", "load", "streams", "start", "limits", "ledger", "idle", "growth", "cost")
+JUDGED_ROWS = ROWS[:6]  # those with an aim; the others are worth knowing
+LEDGER_LINES = 200_000
+BUDGET = 10**12
+OTHER_TOKENS = {f"BENCH_TOKEN_{number}": "token-bench-" + secrets.token_urlsafe(24) for number in range(1, 100)}
 
 
 class Sizes:
@@ -53,16 +60,19 @@ class Sizes:
         self.small = (5, 60) if quick else (10, 100)  # blocks a round, requests a block
         self.middle = (2, 15) if quick else (4, 25)
         self.large = (1, 6) if quick else (2, 10)
+        self.prompts = 2 if quick else 3  # the longest has no aim
         self.load_rounds = 2 if quick else 3
         self.load_seconds = 1 if quick else 4
         self.stream_rounds = 1 if quick else 3
         self.stream_seconds = 1.5 if quick else 5.0
         self.many_seconds = 2.0 if quick else 8.0
-        self.many_peers = ("direct", "broker") if quick else PEERS
-        self.starts = {"broker": 7, "nginx": 3 if quick else 7, "aiohttp": 3 if quick else 7}
+        # The early script gives nothing before a stream's end: 500 of them say no more than 50.
+        self.many_peers = ("direct", "broker") if quick else tuple(name for name in PEERS if name != "early")
+        self.starts = {name: 3 if quick and name != "installed" else 7 for name in COLUMNS}
         self.idle_seconds = 3.0 if quick else 5.0
         self.growth_requests = 20_000 if quick else 100_000
         self.cost_rounds = 3 if quick else 5
+        self.ledger_starts = 2 if quick else 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,8 +238,9 @@ class Stage:
         else:
             self.peers.append("aiohttp")
             self.aiohttp_version = aiohttp.__version__
+        self.peers.append("early")
         if BROKER.exists():
-            self.peers.append("broker")
+            self.peers += ["broker", "installed"]
         else:
             self.missing.append(f"{BROKER} is not there")
         if not self.wrk:
@@ -254,7 +265,20 @@ class Stage:
         if name == "aiohttp":
             argv = [sys.executable, BENCH / "aiohttp_proxy.py", port, upstream]
             return self.children.serve("aiohttp", argv, port)
-        return self.broker(upstream, port=port)
+        if name == "early":
+            return self.children.serve("early", [sys.executable, BENCH / "early_script.py", port, upstream], port)
+        return self.broker(upstream, port=port, program=self.installed() if name == "installed" else None)
+
+    def installed(self) -> list[Any]:
+        """The installed command, with what pip leaves of it: a module that is compiled, and a script that imports it."""
+        script = self.folder / "venv" / "bin" / "localhost-broker"
+        if not script.exists():
+            self.children.run("venv", [sys.executable, "-m", "venv", "--without-pip", self.folder / "venv"], 60)
+            (site_packages,) = (self.folder / "venv" / "lib").glob("python*/site-packages")
+            shutil.copy(BROKER, site_packages)
+            py_compile.compile(str(site_packages / "broker.py"), doraise=True)
+            script.write_text("import sys\nfrom broker import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
+        return [self.folder / "venv" / "bin" / "python", script]
 
     def _nginx(self, name: str, port: int, http: str) -> Child:
         file = self.folder / f"nginx-{port}.conf"
@@ -262,24 +286,31 @@ class Stage:
         argv = [self.nginx_program, "-c", file, "-p", self.folder, "-e", "stderr"]
         return self.children.serve(name, argv, port)
 
-    def broker_config(self, upstream: int, rules: int = 1, log_bytes: int = 0) -> Path:
+    def broker_config(self, upstream: int, rules: int = 1, log_bytes: int = 0, clients: int = 0) -> Path:
+        """The short form; with `clients`, the long one, in which the last of them is whom the benchmark calls as."""
         folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="broker-"))
         others = [f"/v1/deployments/d{number}/chat/*" for number in range(rules - 1)]
+        provider = {
+            "allowed_paths": [*others, wire.PATH],  # the one that matches stands last: the longest way
+            "secret_source": {"kind": "env", "name": "BENCH_SECRET"},
+        }
+        url = f"http://127.0.0.1:{upstream}"
+        short = {"upstream_base_url": url, **provider, "client_token_env": "BENCH_TOKEN"}
+        limits = {
+            "allowed_paths": provider["allowed_paths"],
+            "allowed_models": ["another-*", "gpt-bench"],
+            "requests_per_minute": 10**9,
+            "max_concurrent_requests": 1000,
+            "tokens_per_day": BUDGET,
+            "expires": "2999-12-31T23:59:59Z",
+        }
+        variables = [f"BENCH_TOKEN_{number}" for number in range(1, clients)] + ["BENCH_TOKEN"]
+        named = {f"client-{number}": {"token_env": name, **limits} for number, name in enumerate(variables, 1)}
+        long = {"upstreams": {"provider": {"base_url": url, **provider}}, "clients": named}
         config = folder / "broker_config.json"
         config.touch(0o600)
-        config.write_text(
-            json.dumps(
-                {
-                    "listen_port": 0,
-                    "upstream_base_url": f"http://127.0.0.1:{upstream}",
-                    "allowed_paths": [*others, wire.PATH],  # the one that matches stands last: the longest way
-                    "client_token_env": "BENCH_TOKEN",
-                    "secret_source": {"kind": "env", "name": "BENCH_SECRET"},
-                    "max_concurrent_requests": 1024,
-                    "event_log": "events.jsonl",
-                }
-            )
-        )
+        more = {"listen_port": 0, "max_concurrent_requests": 1024, "event_log": "events.jsonl"}
+        config.write_text(json.dumps({**(long if clients else short), **more}))
         if log_bytes:
             line = json.dumps({"time": "2026-01-01T00:00:00.000Z", "event": "request", "id": "x" * 100}) + "\n"
             log = folder / "events.jsonl"
@@ -290,9 +321,24 @@ class Stage:
         return config
 
     def broker(self, upstream: int, port: int = 0, program: list[Any] | None = None, **more: int) -> Child:
+        return self.broker_on(self.broker_config(upstream, **more), port, program)
+
+    def broker_on(self, config: Path, port: int = 0, program: list[Any] | None = None) -> Child:
         port = port or free_port()
-        argv = [*(program or [sys.executable, BROKER]), "--config", self.broker_config(upstream, **more)]
-        return self.children.serve("broker", [*argv, "--port", port], port, BENCH_SECRET=SECRET)
+        argv = [*(program or [sys.executable, BROKER]), "--config", config, "--port", port]
+        return self.children.serve("broker", argv, port, BENCH_SECRET=SECRET, **OTHER_TOKENS)
+
+    def knows_limits(self, row: str) -> bool:
+        """Whether this broker takes the long form; if not, the row is named as left out."""
+        argv = [sys.executable, BROKER, "--check", "--config", self.broker_config(9, clients=1)]
+        try:
+            self.children.run("check", argv, 30, BENCH_SECRET=SECRET)
+        except BenchmarkError as error:
+            if "unknown key" not in str(error):
+                raise
+            self.missing.append(f"{row}: this broker does not know upstreams and clients")
+            return False
+        return True
 
     @contextlib.contextmanager
     def stood_up(self, upstream: Child, names: list[str] | tuple[str, ...]) -> Iterator[dict[str, Child]]:
@@ -309,16 +355,27 @@ class Stage:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def refuses(port: int, request: bytes) -> bool:
+    """Whether such a body is too large for this peer."""
+    with contextlib.suppress(OSError, ValueError, wire.WireError), wire.connect(port) as connection:
+        return wire.exchange(connection, request)[0] == 413
+    return False
+
+
 def in_turns(ports: dict[str, int], body: bytes, rounds: int, blocks: tuple[int, int]) -> dict[str, Any]:
     """One caller on kept connections, block by block in turns: the machine's moods fall on everybody alike."""
-    connections = {name: wire.connect(port) for name, port in ports.items()}
     requests = {name: wire.request(port, body, TOKEN) for name, port in ports.items()}
+    ports = {name: port for name, port in ports.items() if name != "early" or not refuses(port, requests[name])}
+    connections = {name: wire.connect(port) for name, port in ports.items()}
     errors = dict.fromkeys(ports, 0)
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in ports}
 
     def ask(name: str) -> float:
         begun = time.perf_counter()
         try:
+            if name == "early":  # it keeps no connection: that a new one takes time is a part of its time
+                connections[name].close()
+                connections[name] = wire.connect(ports[name])
             status, answer = wire.exchange(connections[name], requests[name])
         except (OSError, ValueError, wire.WireError):
             status, answer = 0, b""
@@ -392,7 +449,7 @@ def latency_rows(stage: Stage, sizes: Sizes) -> dict[str, Any]:
             ("1 kB", 1_000, sizes.small),
             ("400 kB", 400_000, sizes.middle),
             ("2 MB", 2_000_000, sizes.large),
-        ):
+        )[: sizes.prompts]:
             body = wire.prompt(size)
             found[label] = in_turns(ports, body, sizes.rounds, blocks)
             times = []
@@ -470,17 +527,18 @@ def one_stream_run(stage: Stage, child: Child, streams: int, seconds: float, aga
 def stream_rows(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     upstream = stage.stream_upstream()
     found: dict[str, Any] = {"idle": {}, "50": {}, "200": {}, "500": {}}
-    with stage.stood_up(upstream, PEERS) as peers:
+    with stage.stood_up(upstream, COLUMNS) as peers:
         body = wire.prompt(1_000)
         for name, child in peers.items():
-            with wire.connect(child.port) as connection:
-                for _ in range(10):  # what is loaded with the first request belongs to an idle process, too
+            for _ in range(10):  # what is loaded with the first request belongs to an idle process, too
+                with wire.connect(child.port) as connection:
                     wire.exchange(connection, wire.request(child.port, body, TOKEN))
             found["idle"][name] = memory(child)
         runs: dict[str, list[dict[str, Any]]] = {}
-        for _ in range(sizes.stream_rounds):
+        for number in range(sizes.stream_rounds):
             for name, child in peers.items():
-                runs.setdefault(name, []).append(one_stream_run(stage, child, 50, sizes.stream_seconds))
+                if number == 0 or name not in ("early", "installed"):
+                    runs.setdefault(name, []).append(one_stream_run(stage, child, 50, sizes.stream_seconds, name != "early"))
         for name, seen in runs.items():
             found["50"][name] = together = {}
             for key in seen[0]:
@@ -501,9 +559,11 @@ def stream_rows(stage: Stage, sizes: Sizes) -> dict[str, Any]:
 def start_rows(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     """From the start of the process to its first 200; another port is asked each time, so nobody else can answer."""
     upstream = stage.upstream()
+    if "installed" in stage.peers:
+        stage.installed()  # that is no part of any start
     times: dict[str, list[float]] = {}
     for number in range(max(sizes.starts.values())):
-        for name in ("nginx", "aiohttp", "broker"):
+        for name in COLUMNS[1:]:
             if name not in stage.peers or number >= sizes.starts[name]:
                 continue
             begun = time.perf_counter()
@@ -513,7 +573,7 @@ def start_rows(stage: Stage, sizes: Sizes) -> dict[str, Any]:
                 answer = connection.recv(4096)
             times.setdefault(name, []).append((time.perf_counter() - begun) * 1000)
             stage.children.end(child)
-            if not answer.startswith(b"HTTP/1.1 200"):
+            if not answer.startswith((b"HTTP/1.1 200", b"HTTP/1.0 200")):
                 raise BenchmarkError(f"{name}: /healthz answered {answer[:100]!r}")
     stage.children.end(upstream)
     return {name: {"ms": statistics.median(seen), "worst_ms": max(seen)} for name, seen in times.items()}
@@ -582,11 +642,71 @@ def cost_rows(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     return found
 
 
+def limits_rows(stage: Stage, sizes: Sizes) -> dict[str, Any]:
+    """What clients with every kind of limit add to one request, beside the short form, in turns."""
+    if "broker" not in stage.peers or not stage.knows_limits("limits"):
+        return {}
+    upstream = stage.upstream()
+    brokers = {
+        "short form": stage.broker(upstream.port),
+        "1 client": stage.broker(upstream.port, clients=1),
+        "100 clients": stage.broker(upstream.port, clients=100, rules=100),
+    }
+    ports = {name: child.port for name, child in brokers.items()}
+    found = in_turns(ports, wire.prompt(1_000), sizes.rounds, sizes.small)
+    for numbers in found.values():
+        numbers["added_p50_ms"] = numbers["p50_ms"] - found["short form"]["p50_ms"]
+    stage.children.end(*brokers.values(), upstream)
+    return found
+
+
+def write_ledger(log: Path, lines: int) -> None:
+    """The `request` and `response` that the broker wrote of one request, under other ids, until there are so many."""
+    events = [line for line in log.read_text().splitlines(True) if json.loads(line)["event"] in ("request", "response")]
+    (number,) = {json.loads(line)["id"] for line in events}
+    pair = "".join(events)
+    with open(log, "a") as file:
+        for other in range(lines // len(events)):
+            file.write(pair.replace(number, f"{other:0{len(number)}d}"))
+
+
+def ledger_rows(stage: Stage, sizes: Sizes) -> dict[str, Any]:
+    """A start with a long event log of today that has to be read because a client has tokens_per_day."""
+    if "broker" not in stage.peers or not stage.knows_limits("ledger"):
+        return {}
+    upstream = stage.upstream()
+    config = stage.broker_config(upstream.port, clients=1)
+    found: dict[str, Any] = {}
+    for name in ("empty", "long"):
+        times = []
+        for _ in range(sizes.ledger_starts):
+            begun = time.perf_counter()
+            child = stage.broker_on(config)
+            with wire.connect(child.port) as connection:
+                head = f"Host: 127.0.0.1:{child.port}\r\n{wire.TOKEN_HEADER}: {TOKEN}\r\n\r\n"
+                status, answer = wire.exchange(connection, f"GET /broker HTTP/1.1\r\n{head}".encode())
+                times.append((time.perf_counter() - begun) * 1000)
+                if name == "empty" and len(times) == 1:  # what the long log is made of
+                    wire.exchange(connection, wire.request(child.port, wire.prompt(1_000), TOKEN))
+            found[name] = {"ms": statistics.median(times), **memory(child)}
+            stage.children.end(child)
+        if name == "empty":
+            write_ledger(config.parent / "events.jsonl", LEDGER_LINES)
+    used = BUDGET - json.loads(answer)["left"]["tokens_per_day"] if status == 200 else 0
+    expected = json.loads(wire.COMPLETION)["usage"]["total_tokens"] * (LEDGER_LINES // 2 + 1)
+    if used != expected:  # a start is quick that doesn't read it
+        raise BenchmarkError(f"the ledger says that {used} tokens are used, and not {expected}")
+    stage.children.end(upstream)
+    return found
+
+
 MEASURES = {
     "latency": latency_rows,
     "load": load_rows,
     "streams": stream_rows,
     "start": start_rows,
+    "limits": limits_rows,
+    "ledger": ledger_rows,
     "idle": idle_rows,
     "growth": growth_rows,
     "cost": cost_rows,
@@ -608,14 +728,14 @@ def dig(found: Any, *keys: str) -> Any:
 
 
 def table_lines(found: dict[str, Any]) -> list[list[str]]:
-    """The table: a row's name, then direct, nginx, aiohttp, broker."""
+    """The table: a row's name, then a cell for each of COLUMNS."""
 
     def row(name: str, form: str, *keys: str) -> list[str]:
         *path, last = keys
-        values = [dig(found, *path, peer, last) for peer in PEERS]
+        values = [dig(found, *path, peer, last) for peer in COLUMNS]
         return [name] + ["-" if value is None else format(value, form) for value in values]
 
-    lines = [["", *PEERS]]
+    lines = [["", *COLUMNS]]
     for size in ("1 kB", "400 kB", "2 MB"):
         lines.append(row(f"{size} prompt, p50, ms", ".3f", "latency", size, "p50_ms"))
         lines.append(row("  added p50, ms", ".3f", "latency", size, "added_p50_ms"))
@@ -655,6 +775,14 @@ def further_lines(found: dict[str, Any]) -> list[str]:
             f"memory after 1,000 requests {growth['after_1000']['RssAnon']:.2f} MB, "
             f"after {growth['requests']:,}: {growth['after_many']['RssAnon']:.2f} MB, errors {growth['errors']}"
         )
+    for name, numbers in (found.get("limits") or {}).items():
+        if name != "short form":
+            lines.append(f"limits of {name}: {numbers['added_p50_ms'] * 1000:+.0f} us a request, beside the short form")
+    if found.get("ledger"):
+        long, empty = found["ledger"]["long"], found["ledger"]["empty"]
+        megabytes = f", {long['RssAnon']:.1f} MB (without: {empty['RssAnon']:.1f} MB)" if "RssAnon" in long else ""
+        starts = f"{long['ms']:.0f} ms (without: {empty['ms']:.0f} ms)"
+        lines.append(f"start with {LEDGER_LINES:,} lines of log: {starts}{megabytes}")
     plain = dig(found, "cost", "plain", "p50_ms")
     for name, numbers in (found.get("cost") or {}).items():
         if name != "plain":
@@ -666,14 +794,16 @@ def aims(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Each aim that this run can judge: the number, its limit and where the limit comes from."""
     judged: list[dict[str, Any]] = []
 
-    def judge(row: str, name: str, value: Any, limit: Any, source: str, at_least: bool = False) -> None:
+    def judge(
+        row: str, name: str, value: Any, limit: Any, source: str, at_least: bool = False, gated: bool = True
+    ) -> None:
         if value is None or limit is None:
             return
         met = value >= limit if at_least else value <= limit
         worse = (value < limit / 3) if at_least else (value > limit * 3)
         sign = ">=" if at_least else "<="
         judged.append({"row": row, "name": name, "value": value, "sign": sign, "limit": limit, "source": source})
-        judged[-1].update(met=met, worse=worse)
+        judged[-1].update(met=met, worse=worse and gated)
 
     def times(value: Any, factor: float, plus: float = 0.0) -> Any:
         return None if value is None else value * factor + plus
@@ -681,35 +811,39 @@ def aims(found: dict[str, Any]) -> list[dict[str, Any]]:
     def added(size: str, peer: str) -> Any:
         return dig(found, "latency", size, peer, "added_p50_ms")
 
-    small = added("1 kB", "broker")
-    judge("latency", "added p50, 1 kB, ms", small, times(added("1 kB", "nginx"), 3.5), "3.5 x nginx")
-    judge("latency", "added p50, 1 kB, ms", small, times(added("1 kB", "aiohttp"), 0.5), "0.5 x aiohttp")
-    judge("latency", "added p50, 400 kB, ms", added("400 kB", "broker"), 1.2, "fixed")
-    loads = dig(found, "latency", "2 MB", "json.loads", "p50_ms")
-    limit = times(added("2 MB", "nginx"), 3, loads or 0.0)
-    judge("latency", "added p50, 2 MB, ms", added("2 MB", "broker"), limit, "3 x nginx + json.loads")
-    rate = dig(found, "load", "aiohttp", "per_second")
-    judge("load", "32 callers, requests/s", dig(found, "load", "broker", "per_second"), rate, "aiohttp", at_least=True)
-    tail = dig(found, "load", "aiohttp", "p99_ms")
-    judge("load", "32 callers, p99, ms", dig(found, "load", "broker", "p99_ms"), tail, "aiohttp")
-    beside = times(dig(found, "streams", "50", "nginx", "p99_ms"), 1, 1.0)
-    judge("streams", "50 streams, p99, ms", dig(found, "streams", "50", "broker", "p99_ms"), beside, "nginx + 1 ms")
-    judge("streams", "500 streams, p99, ms", dig(found, "streams", "500", "broker", "p99_ms"), 50.0, "fixed")
+    def peer(name: str, *keys: str) -> Any:
+        """found[a][b][name][c]"""
+        return dig(found, *keys[:-1], name, keys[-1])
+
+    for size in ("1 kB", "400 kB"):
+        judge("latency", f"added p50, {size}, ms", added(size, "broker"), added(size, "aiohttp"), "aiohttp")
+        judge("latency", f"errors, {size}", peer("broker", "latency", size, "errors"), 0, "none")
+    rate = peer("broker", "load", "per_second")
+    limit = times(peer("aiohttp", "load", "per_second"), 0.6)
+    judge("load", "32 callers, requests/s", rate, limit, "0.6 x aiohttp", at_least=True)
+    # For scale only: the early scripts of this world differ among themselves by more than a gate could allow.
+    limit = times(peer("early", "load", "per_second"), 5)
+    judge("load", "32 callers, requests/s", rate, limit, "5 x early, for scale", at_least=True, gated=False)
+    tail = times(peer("aiohttp", "load", "p99_ms"), 1.5)
+    judge("load", "32 callers, p99, ms", peer("broker", "load", "p99_ms"), tail, "1.5 x aiohttp")
+    judge("load", "32 callers, errors", peer("broker", "load", "errors"), 0, "none")
+    delay = peer("aiohttp", "streams", "50", "p99_ms")
+    judge("streams", "50 streams, p99, ms", peer("broker", "streams", "50", "p99_ms"), delay, "aiohttp")
+    judge("streams", "500 streams, p99, ms", peer("broker", "streams", "500", "p99_ms"), 50.0, "fixed")
     for streams in ("50", "500"):
-        judge("streams", f"{streams} streams, lost", dig(found, "streams", streams, "broker", "lost"), 0, "none")
-        judge("streams", f"{streams} streams, errors", dig(found, "streams", streams, "broker", "errors"), 0, "none")
-    idle = dig(found, "streams", "idle", "broker", "RssAnon")
-    many = dig(found, "streams", "500", "broker", "RssAnon")
+        judge("streams", f"{streams} streams, lost", peer("broker", "streams", streams, "lost"), 0, "none")
+        judge("streams", f"{streams} streams, errors", peer("broker", "streams", streams, "errors"), 0, "none")
+    idle, many = (peer("broker", "streams", key, "RssAnon") for key in ("idle", "500"))
     if idle is not None and many is not None:
-        judge("streams", "500 streams, MB a stream", (many - idle) / 500, 0.15, "fixed")
-    judge("streams", "memory idle, MB", idle, 17.0, "fixed")
-    judge("streams", "memory with 50 streams, MB", dig(found, "streams", "50", "broker", "RssAnon"), 23.0, "fixed")
-    judge("start", "start to first answer, ms", dig(found, "start", "broker", "ms"), 120.0, "fixed")
-    judge("growth", "growth over the requests, MB", dig(found, "growth", "grown_mb"), 1.0, "fixed")
-    judge("load", "32 callers, errors", dig(found, "load", "broker", "errors"), 0, "none")
-    judge("growth", "errors over the requests", dig(found, "growth", "errors"), 0, "none")
-    for size in ("1 kB", "400 kB", "2 MB"):
-        judge("latency", f"errors, {size}", dig(found, "latency", size, "broker", "errors"), 0, "none")
+        judge("streams", "500 streams, MB a stream", (many - idle) / 500, 0.08, "fixed")
+    judge("streams", "memory idle, MB", idle, 24.0, "fixed")
+    judge("streams", "memory with 50 streams, MB", peer("broker", "streams", "50", "RssAnon"), 32.0, "fixed")
+    judge("streams", "memory idle, installed, MB", peer("installed", "streams", "idle", "RssAnon"), 16.0, "fixed")
+    judge("start", "start to first answer, ms", peer("broker", "start", "ms"), peer("aiohttp", "start", "ms"), "aiohttp")
+    judge("start", "the same, installed, ms", peer("installed", "start", "ms"), 120.0, "fixed")
+    for name in ("1 client", "100 clients"):
+        judge("limits", f"limits of {name}, ms", peer(name, "limits", "added_p50_ms"), 0.05, "fixed")
+    judge("ledger", "start with a long log, ms", peer("long", "ledger", "ms"), 2000.0, "fixed")
     return judged
 
 
@@ -791,13 +925,13 @@ def measure(rows: list[str], found: dict[str, Any], stage: Stage, sizes: Sizes) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measures the broker beside nginx and a proxy written with aiohttp.")
-    parser.add_argument("--quick", action="store_true", help="fewer samples; under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer samples; a minute or so")
     parser.add_argument("--gate", action="store_true", help="exit 1 if a row is worse than three times its aim")
     parser.add_argument("--profile", action="store_true", help="where a request's time goes in the broker")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--rows", default=",".join(ROWS), help="only these: " + ",".join(ROWS))
+    parser.add_argument("--rows", help="only these: " + ",".join(ROWS))
     options = parser.parse_args(argv)
-    wanted = options.rows.split(",")
+    wanted = options.rows.split(",") if options.rows else JUDGED_ROWS if options.gate else ROWS
     if set(wanted) - set(ROWS):
         parser.error("--rows knows " + ", ".join(ROWS))
 

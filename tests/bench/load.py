@@ -97,7 +97,7 @@ def main() -> None:
             else:
                 errors += 1
             again = asked < requests and now < end
-            if again and good:
+            if again and good and caller.answer.kept:
                 ask(caller)
                 continue
             selector.unregister(caller.sock)

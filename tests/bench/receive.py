@@ -2,7 +2,8 @@
 
 A process of its own, so that neither the upstream nor the benchmark's other work delays the moment of receipt.
 Prints `open` when every stream has had its first event, and a line of JSON when all have ended.
-Only what arrives while *all* are open counts for the delays; for the losses, everything does.
+Only what arrives while *all* are open counts for the delays; for the losses, everything does. Where nothing arrives in
+that time, because it is held back until a stream's end, all of it counts for the delays, too.
 The token comes by the environment, as BENCH_TOKEN.
 """
 
@@ -39,6 +40,7 @@ def main() -> None:
 
     gc.disable()  # a pause of ours would stand in the row as a delay of theirs
     delays: list[int] = []
+    of_all: list[int] = []
     started = ended = out_of_order = errors = received = 0
     while started < streams or ended < streams:
         if time.monotonic() > deadline:
@@ -69,7 +71,8 @@ def main() -> None:
                     started += 1
                     if started == streams:
                         print("open", flush=True)
-                elif started == streams and ended == 0:
+                of_all.append(now - int(match.group(2)))
+                if expected and started == streams and ended == 0:
                     delays.append(now - int(match.group(2)))
                 expected += 1
                 received += 1
@@ -81,13 +84,15 @@ def main() -> None:
                     started += 1
                 selector.unregister(key.fileobj)
                 key.fileobj.close()  # type: ignore[union-attr]
+    counted = len(delays)
+    delays = delays or of_all
     print(
         json.dumps(
             {
                 "p50_ms": wire.percentile(delays, 0.5) / 1e6 if delays else None,
                 "p99_ms": wire.percentile(delays, 0.99) / 1e6 if delays else None,
                 "max_ms": max(delays, default=0) / 1e6,
-                "counted": len(delays),
+                "counted": counted,
                 "lost": streams * chunks - received + out_of_order,
                 "errors": errors + streams - ended,
             }

@@ -84,12 +84,13 @@ class WireError(Exception):
 class Answer:
     """One answer, fed as it comes; `feed` returns the body bytes that this piece held."""
 
-    __slots__ = ("status", "done", "chunked", "left", "raw", "in_body", "length")
+    __slots__ = ("status", "done", "chunked", "left", "raw", "in_body", "length", "kept")
 
     def __init__(self) -> None:
         self.status = 0
         self.done = False
         self.chunked = False
+        self.kept = True  # whether the connection may be used again
         self.left = 0
         self.length = 0  # of the body, so far
         self.raw = b""
@@ -108,8 +109,9 @@ class Answer:
         return body
 
     def _head(self, head: bytes) -> None:
-        if not head.startswith(b"HTTP/1.1 "):
+        if not head.startswith((b"HTTP/1.1 ", b"HTTP/1.0 ")):
             raise WireError(repr(head[:60]))
+        self.kept = head.startswith(b"HTTP/1.1 ")
         self.status = int(head[9:12])
         lower = head.lower()
         self.chunked = b"\r\ntransfer-encoding: chunked" in lower
