@@ -14,7 +14,7 @@ from tests.support import (
     fresh_token,
     make_executable,
     posix_only,
-    run_each,
+    run_broker,
 )
 
 PLAIN = "broker_config.example.json"
@@ -34,30 +34,32 @@ class Examples(BrokerTestCase):
         self.assertEqual(found, set(EXAMPLES))
 
     def test_are_valid_as_they_stand(self):
-        args = ["--check", "--dry-run", "--config"]
-        calls = run_each({name: {"config": None, "args": [*args, os.path.join(ROOT, name)]} for name in EXAMPLES})
-        for name, call in calls.items():
+        for name in EXAMPLES:
             with self.subTest(name):
-                run = call()
+                run = run_broker("--check", "--dry-run", "--config", os.path.join(ROOT, name))
                 self.assertEqual(run.returncode, 0, run.stderr)
                 for rule in load(name)["allowed_paths"]:
                     self.assertIn(rule, run.stdout + run.stderr)
 
     def test_serve_a_dry_run_as_they_stand(self):
-        keywords = {}
         for name in EXAMPLES:
-            # A copy: its event log is written beside it.
-            folder = self.folder()
-            shutil.copy(os.path.join(ROOT, name), folder)
-            arguments = ["--config", os.path.join(folder, name), "--dry-run", "--port", "0"]
-            keywords[name] = {"use_config": False, "folder": folder, "args": arguments}
-        for name, broker in self.brokers(keywords).items():
             with self.subTest(name):
+                # A copy: its event log is written beside it.
+                folder = self.folder()
+                shutil.copy(os.path.join(ROOT, name), folder)
+                arguments = ["--config", os.path.join(folder, name), "--dry-run", "--port", "0"]
+                broker = self.broker(use_config=False, folder=folder, args=arguments)
                 token = broker.wait_stderr(r"(?m)^\s*export BROKER_CLIENT_TOKEN=(\S+)$").group(1)
                 rule = load(name)["allowed_paths"][0].partition(" ")[2].replace("*", "mine")
                 answer = broker.post_json(rule, {"model": "m", "messages": []}, token=token)
                 self.assertEqual(answer.status, 200, answer)
                 self.assertIn(load(name)["upstream_base_url"], answer.body.decode())
+
+    def test_let_codex_work_through_a_long_session(self):
+        # In the middle of one it calls another path, and without that the session is lost.
+        rules = load(PLAIN)["allowed_paths"]
+        for path in ("POST /v1/responses", "POST /v1/responses/compact"):
+            self.assertIn(path, rules)
 
     def test_ask_for_a_token_and_hold_no_secret(self):
         for name in EXAMPLES:
@@ -69,17 +71,13 @@ class Examples(BrokerTestCase):
 
     def test_tell_what_is_missing_when_they_are_started_for_real(self):
         # Nothing is installed or set here; that must be one clear line.
-        wanted = {PLAIN: "OPENAI_API_KEY", ONE_PASSWORD: "op", AZURE: "az"}
-        keywords = {}
-        for name in wanted:
-            folder = self.folder()
-            shutil.copy(os.path.join(ROOT, name), folder)
-            env = {"PATH": folder, "BROKER_CLIENT_TOKEN": fresh_token()}
-            arguments = ["--config", os.path.join(folder, name), "--port", "0"]
-            keywords[name] = {"config": None, "args": arguments, "env": env}
-        for name, call in run_each(keywords).items():
+        for name, missing in {PLAIN: "OPENAI_API_KEY", ONE_PASSWORD: "op", AZURE: "az"}.items():
             with self.subTest(name):
-                run, missing = call(), wanted[name]
+                folder = self.folder()
+                shutil.copy(os.path.join(ROOT, name), folder)
+                env = {"PATH": folder, "BROKER_CLIENT_TOKEN": fresh_token()}
+                arguments = ["--config", os.path.join(folder, name), "--port", "0"]
+                run = run_broker(*arguments, env=env, timeout=20)
                 self.assertEqual(run.returncode, 1, run.stderr)
                 self.assertIn(missing, run.stderr)
                 self.assertEqual(run.stderr.count("\n"), 1, run.stderr)

@@ -4,7 +4,7 @@ import concurrent.futures
 import os
 import threading
 
-from tests.support import BrokerTestCase, Gone, SharedBroker, canary, eventually, seeded
+from tests.support import BrokerTestCase, Gone, canary, eventually, seeded
 
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
@@ -13,6 +13,7 @@ PROTOCOL = (502, "upstream_protocol_error")
 UNREACHABLE = (502, "upstream_unreachable")
 TIMEOUT = (504, "upstream_timeout")
 REDIRECT = (502, "upstream_redirect")
+REJECTED = (502, "upstream_rejected_secret")
 CUT = "cut"
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -55,13 +56,18 @@ def drips(pieces, pause, first=b""):
     return act
 
 
-class FaultsTestCase(SharedBroker):
+class FaultsTestCase(BrokerTestCase):
     """The upstream does for `GET /v1/models/N` what the case with that number says."""
 
     config = {"upstream_timeout_seconds": 1}
 
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = cls.class_stub(lambda conn, request: conn.respond_json({}))
+        cls.served = cls.class_broker(cls.upstream, config=cls.config)
+
     def setUp(self):
-        super().setUp()
+        self.upstream.forget()
         self.upstream.script(lambda conn, request: conn.respond_json({}))
         self.assertEqual(self.served.request("GET", MODELS).status, 200)
         if os.path.isdir("/proc/self/fd"):
@@ -218,6 +224,11 @@ class AHeadThatIsNotStrict(FaultsTestCase):
             "200 KiB": OK + b"X: %s\r\n" % (b"y" * 1000) * 200 + BODY,
             "the name of chunks in capitals": OK + b"TRANSFER-ENCODING: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n",
             "identity": OK + b"Content-Encoding: identity\r\n" + BODY,
+            "none": OK + b"Content-Encoding: none\r\n" + BODY,
+            "utf-8": OK + b"Content-Encoding: UTF-8\r\n" + BODY,
+            "no coding at all": OK + b"Content-Encoding:\r\n" + BODY,
+            "identity twice": OK + b"Content-Encoding: identity, identity\r\n" + BODY,
+            "none of them in two headers": OK + b"Content-Encoding: none\r\nContent-Encoding: identity\r\n" + BODY,
             "an extension of a chunk": OK + b'Transfer-Encoding: chunked\r\n\r\n4;a=b;c="d e"\r\nbody\r\n0;e\r\n\r\n',
             "zeros before a chunk's size": OK + b"Transfer-Encoding: chunked\r\n\r\n0004\r\nbody\r\n000\r\n\r\n",
             "trailers": OK + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\nA: b\r\nC: d\r\n\r\n",
@@ -274,7 +285,7 @@ class InterimAnswers(FaultsTestCase):
 class ABody(FaultsTestCase):
     def test_that_is_compressed_is_refused(self):
         # Nobody could look for the secret in it.
-        codings = ("gzip", "GZIP", "br", "deflate", "zstd", "x-gzip", "identity, gzip", "gzip, identity")
+        codings = ("gzip", "GZIP", "br", "deflate", "zstd", "x-gzip", "identity, gzip", "gzip, identity", "none, gzip", "x")
         cases = {}
         for coding in codings:
             cases[coding] = (says(OK + b"Content-Encoding: %s\r\n" % coding.encode() + BODY), PROTOCOL)
@@ -431,29 +442,106 @@ class Refusals(FaultsTestCase):
 
 
 class ARejectedSecret(BrokerTestCase):
-    def test_is_the_operators_matter_and_not_offered_again_at_once(self):
-        hint = b'{"error": "Incorrect API key provided: sk-canary-********abcd"}'
-        stub = self.stub(lambda conn, request: conn.respond(401, [("WWW-Authenticate", "Bearer")], hint))
-        broker = self.broker(stub)
-        # Codex asks thirty times in thirty seconds: its provider would lock the account.
-        for number in range(5):
-            answer = broker.post_json(CHAT, {"number": number})
-            self.assert_refused(answer, 502, "upstream_rejected_secret")
-            self.assertNotIn(b"abcd", answer.body)
-            self.assertIsNone(answer.header("WWW-Authenticate"))
-        self.assertEqual(len(stub.requests), 1)
-        outcomes = [event["outcome"] for event in broker.events() if event["event"] == "response"]
-        self.assertEqual(set(outcomes), {"upstream_rejected_secret"})
+    """A provider's 401 is the operator's matter, and its reason stands in its own words."""
 
-    def test_is_no_reason_to_wait_for_the_rest_of_the_answer(self):
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = cls.class_stub()
+        cls.served = cls.class_broker(cls.upstream)
+
+    def setUp(self):
+        self.upstream.forget()
+
+    def reject(self, message, headers=()):
+        """What the caller gets when the provider rejects the key with these words."""
+        body = message if isinstance(message, (bytes, dict)) else {"error": {"message": message, "type": "invalid_request_error"}}
+        headers = [*headers, ("WWW-Authenticate", "Bearer"), ("x-request-id", "req_of_the_provider")]
+
+        def answer(conn, request):
+            if isinstance(body, bytes):
+                conn.respond(401, headers, body)
+            else:
+                conn.respond_json(body, 401, headers)
+
+        self.upstream.script(answer)
+        answer = self.served.request("GET", MODELS)
+        self.assert_refused(answer, *REJECTED)
+        self.assertIsNone(answer.header("WWW-Authenticate"))
+        return answer
+
+    def test_is_told_with_the_reason_and_the_providers_id(self):
+        answer = self.reject("Missing scopes: model.read")
+        self.assertIn("Missing scopes: model.read", answer.message)
+        for words in ("401", "caller token is fine", "whoever runs the broker"):
+            self.assertIn(words, answer.message)
+        event = self.served.wait_event(event="response", id=answer.header("X-Broker-Request-Id"))
+        self.assertEqual((event["status"], event["outcome"]), REJECTED)
+        self.assertEqual((event["upstream_request_id"], event["attempt"]), ("req_of_the_provider", 1))
+        self.served.wait_stderr("Missing scopes: model.read")
+
+    def test_is_no_reason_to_hold_anything_else_back(self):
+        # A key may lack the scope for one path; and one agent must not lock out all.
+        self.reject("Missing scopes: model.read")
+        self.upstream.script(lambda conn, request: conn.respond_json({}))
+        for _ in range(3):
+            self.assertEqual(self.served.post_json(CHAT, {}).status, 200)
+        self.upstream.forget()
+        for _ in range(3):
+            self.reject("Missing scopes: model.read")
+        self.assertEqual(len(self.upstream.requests), 3)
+
+    def test_is_told_in_words_that_hold_nothing_of_a_key(self):
+        secret = self.served.secret
+        cases = {
+            "stars and an end": f"Incorrect API key provided: sk-canary-********{secret[-4:]}.",
+            "stars and nothing else of it": "Incorrect API key provided: k3y-***yz.",
+            "a beginning and an end": f"Bad key {secret[:9]}...{secret[-6:]} here",
+            "four characters of it": f"The key that ends in {secret[-4:]} is bad",
+            "all of it": f"The key {secret} is bad",
+            "another key": "Use sk-proj-0123456789abcdefghijABCDEFGHIJ instead",
+        }
+        for case, text in cases.items():
+            with self.subTest(case):
+                message = self.reject(text).message
+                self.assertIn("[masked]", message)
+                for piece in (secret[:9], secret[-4:], "***", "0123456789abcdef"):
+                    self.assertNotIn(piece, message)
+        message = self.reject("Your IP 203.0.113.7 is not on the list of org-acme, see https://example.com/help").message
+        self.assertIn("IP 203.0.113.7 is not on the list", message)
+
+    def test_is_told_wherever_the_provider_puts_its_words_and_never_at_length(self):
+        cases = {
+            "OpenAI": ({"error": {"message": "no such scope"}}, True),
+            "as a text": ({"error": "no such scope"}, True),
+            "at the top": ({"message": "no such scope"}, True),
+            "no JSON": (b"<html>no such scope</html>", False),
+            "a list": (b'["no such scope"]', False),
+            "deep": (b"[" * 60000, False),
+            "a number": ({"error": {"message": 1}}, False),
+            "nothing": (b"", False),
+        }
+        for case, (body, told) in cases.items():
+            with self.subTest(case):
+                self.assertEqual("no such scope" in self.reject(body).message, told)
+        message = self.reject("word " * 1000).message
+        self.assertLessEqual(message.count("word"), 40)
+        self.assertGreater(message.count("word"), 30)
+        message = self.reject("two\nlines\x1b[31m").message
+        self.assertIn("two lines", message)
+        self.assertNotIn("\x1b", message)
+
+    def test_is_waited_for_two_seconds_at_most(self):
         def hold(conn, request):
             conn.send(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 1000\r\n\r\n{")
             conn.wait_gone(30)
 
-        broker = self.broker(self.stub(hold))
-        with broker.connect() as caller:
-            caller.send(broker.post_bytes(CHAT, {}))
-            self.assert_refused(caller.read_answer(), 502, "upstream_rejected_secret")
+        self.upstream.script(hold)
+        with self.served.connect() as caller:
+            caller.send(self.served.post_bytes(CHAT, {}))
+            answer = caller.read_answer()
+        self.assert_refused(answer, *REJECTED)
+        event = self.served.wait_event(event="response", id=answer.header("X-Broker-Request-Id"))
+        self.assertLess(event["duration_ms"], 8000)
 
 
 class EveryFaultAtOnce(FaultsTestCase):

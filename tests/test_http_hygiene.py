@@ -7,7 +7,7 @@ import socket
 import threading
 import unittest
 
-from tests.support import BrokerTestCase, SharedBroker, eventually, linux_only, seeded, slow
+from tests.support import BrokerTestCase, eventually, linux_only, seeded, slow
 
 CHAT = "/v1/chat/completions"
 
@@ -15,7 +15,17 @@ CHAT = "/v1/chat/completions"
 CONTROL = {"NUL": b"\0", "BEL": b"\x07", "VT": b"\x0b", "ESC": b"\x1b", "DEL": b"\x7f"}
 
 
-class HttpTestCase(SharedBroker):
+class HttpTestCase(BrokerTestCase):
+    """One broker and one echoing upstream for all tests of a class."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = cls.class_stub()
+        cls.served = cls.class_broker(cls.upstream)
+
+    def setUp(self):
+        self.upstream.forget()
+
     def start_of(self, method="POST", path=CHAT, version="HTTP/1.1"):
         """A good head so far, as bytes without the blank line: host and token."""
         return self.served.head(method, path, version=version)[:-2]
@@ -320,7 +330,29 @@ class Path(HttpTestCase):
         cases = {
             "a percent sign": "/v1/mod%65ls",
             "an encoded slash": "/v1%2fmodels",
+            "an encoded slash inside a segment": "/v1/models/a%2Fb",
             "an encoded dot segment": "/v1/%2e%2e/admin",
+            "one dot of two encoded": "/v1/.%2e/admin",
+            "an encoded letter": "/v1/models/%61",
+            "an encoded digit": "/v1/models/%30",
+            "an encoded hyphen": "/v1/models/%2D",
+            "an encoded underscore": "/v1/models/%5f",
+            "an encoded tilde": "/v1/models/%7E",
+            "an encoded backslash": "/v1/models/%5C",
+            "an encoded percent sign": "/v1/models/%252e",
+            "an encoded question mark": "/v1/models/a%3Fb",
+            "an encoded number sign": "/v1/models/a%23b",
+            "an encoded semicolon": "/v1/models/a%3bb",
+            "an encoded NUL": "/v1/models/a%00",
+            "an encoded line end": "/v1/models/a%0d%0aX:%20y",
+            "an encoded DEL": "/v1/models/a%7F",
+            "an encoded control character of Unicode": "/v1/models/a%C2%85",
+            "half a character of UTF-8": "/v1/models/%C3",
+            "an overlong slash": "/v1/models/%C0%AF",
+            "an encoded surrogate": "/v1/models/%ED%A0%80",
+            "Latin-1, encoded": "/v1/models/%E9",
+            "a percent sign with one digit": "/v1/models/%4",
+            "a percent sign with no hex behind": "/v1/models/%zz",
             "a lone percent sign": "/v1/models/%",
             "a semicolon": "/v1/models;x=y",
             "a backslash": "/v1\\models",
@@ -358,10 +390,62 @@ class Path(HttpTestCase):
 
     def test_with_every_character_that_one_may_hold_is_forwarded_as_it_is(self):
         names = ["AZaz09._~:@+,=-", "ft:gpt-4o:org::id", "...", ".a", "x" * (1024 - len("/v1/models/"))]
+        names += ["anthropic.claude-v1%3A0", "a%3aB", "my%20file.txt", "%C3%A9t%C3%A9", "%F0%9F%98%80", "a%40b", "%5Bx%5D%22%3C"]
         for path in ["/v1/models/" + name for name in names]:
             with self.subTest(path[:40]):
                 self.assertEqual(self.served.request("GET", path).status, 200)
                 self.assertEqual(self.upstream.requests[-1].target, path)
+
+
+    def test_is_matched_decoded_and_sent_as_it_came(self):
+        # `%3A` is the `:` of the rule `*:generateContent`; boto3 writes it so.
+        for target in ("/v1beta/models/gemini%3AgenerateContent", "/v1beta/models/gemini%3agenerateContent?alt=sse"):
+            with self.subTest(target):
+                self.assertEqual(self.served.post_json(target, {}).status, 200)
+                self.assertEqual(self.upstream.requests[-1].target, target)
+                self.served.wait_event(event="request", path=target.partition("?")[0])
+        # And it is that `:` where a rule has none to spare.
+        answer = self.served.post_json("/v1beta/models/a%3Ab:generateContent", {})
+        self.assert_refused(answer, 403, "path_not_allowed")
+
+    def test_that_is_refused_says_which_part_of_it(self):
+        cases = {
+            "/v1//models": "empty segment",
+            "/v1/models/": "slash at the end",
+            "/v1/../models": "dot segment",
+            "/v1/models;x": "%XX",
+            "/v1/models/%2e": "%2e",
+            "/v1/models/%C3": "UTF-8",
+            "/" + "x" * 1024: "1024",
+            "http://127.0.0.1/v1/models": "no forward proxy",
+        }
+        for path, words in cases.items():
+            with self.subTest(path[:30]), self.served.connect() as caller:
+                caller.send(self.served.head("GET", path))
+                answer = caller.read_answer()
+                self.assert_refused(answer, 400, "bad_request")
+                self.assertIn(words, answer.message)
+
+
+class TheLogOfRefusedRequests(BrokerTestCase):
+    def test_has_what_could_be_read_of_them(self):
+        broker = self.broker(self.stub())
+        long = "/v1/" + "x" * 3000
+        cases = {
+            "a path of 3000 characters": (broker.head("GET", long), "GET", long[:256]),
+            "a double slash": (broker.head("POST", "/v1//y?key=hidden"), "POST", "/v1//y"),
+            "an absolute target": (broker.head("GET", "http://x.example/z?q=hidden"), "GET", "http://x.example/z"),
+            "CONNECT": (broker.head("CONNECT", "api.example:443"), "CONNECT", "api.example:443"),
+            "a bad header": (b"GET /v1/bad HTTP/1.1\r\nX : y\r\n\r\n", "GET", "/v1/bad"),
+            "a head that ends early": (b"GET /v1/early HTTP/1.1\r\nHost: ", "GET", "/v1/early"),
+            "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", None, None),
+        }
+        for number, (case, (data, method, path)) in enumerate(cases.items(), 1):
+            with self.subTest(case):
+                broker.raw(data, half_close=True)
+                event = broker.wait_event(event="denied", count=number)
+                self.assertEqual((event["reason"], event["method"], event["path"]), ("bad_request", method, path))
+                self.assertNotIn("hidden", json.dumps(event))
 
 
 class LargeHead(HttpTestCase):

@@ -141,7 +141,7 @@ class TheSlow(LoadTestCase):
         stub = self.stub(lambda conn, request: conn.respond_json({"got": len(request.body)}))
         broker = self.broker(stub)
         # Many small objects are what takes a JSON parser longest.
-        body = b'{"a": [' + b'{"b": 1},' * (16 * MIB // 9) + b"{}]}"
+        body = b'{"a": [' + b'{"b": 1},' * 499_000 + b"{}]}"
         large = self.open(broker, 2)
         senders = [threading.Thread(target=caller.send, args=(broker.post_bytes(CHAT, body),)) for caller in large]
         for sender in senders:
@@ -180,7 +180,8 @@ class TooManyRequests(LoadTestCase):
         # Who was refused may ask again; the connection is still good if it was kept.
         eventually(lambda: broker.post_json(CHAT, {}).status == 200, what="a free place")
         reasons = [event["reason"] for event in broker.events() if event["event"] == "denied"]
-        self.assertEqual(reasons, ["too_many_requests_in_flight"] * 40)
+        # So many a minute are written down, the others counted.
+        self.assertEqual(reasons, ["too_many_requests_in_flight"] * 20)
 
     def test_end_their_count_whatever_became_of_them(self):
         # One that is counted for ever would close the broker in the end.
@@ -385,6 +386,39 @@ class StrangersHeads(LoadTestCase):
         self.assertLess(broker.rss_anon_kb() - before, 4 << 10)
 
 
+    @linux_only
+    def test_with_huge_methods_do_not_stay_in_memory(self):
+        broker = self.broker(self.stub())
+        before = None
+        for number in range(300):
+            head = f"{'M' * 31000}{number} /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            self.assertEqual(broker.raw_answers(head.encode(), half_close=True)[0].status, 401)
+            before = broker.rss_anon_kb() if number == 50 else before
+        self.assertLess(broker.rss_anon_kb() - before, 3 << 10)
+
+
+@unittest.skipIf(resource is None, "no limit of descriptors here")
+class FewDescriptors(LoadTestCase):
+    LIMIT = 64
+
+    def test_are_given_to_the_newcomer_by_the_longest_idle(self):
+        stub = self.stub()
+        limits = (self.LIMIT, self.LIMIT)
+        broker = self.broker(stub, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
+        self.assertEqual(broker.request("GET", MODELS).status, 200)
+        strangers = []
+        for _ in range(2 * self.LIMIT):
+            strangers.append(broker.connect())
+            self.addCleanup(strangers[-1].close)
+        # A name that had to be looked up, or a log that had to be opened, would find no descriptor either.
+        for _ in range(10):
+            self.assert_health(self.open(broker, 1)[0])
+            self.assertEqual(broker.request("GET", MODELS).status, 200)
+            self.assertEqual(broker.post_json(CHAT, {}).status, 200)
+        self.assertTrue(all(map(has_ended, strangers[:10])))
+        self.assertLess(sum(not has_ended(caller) for caller in strangers[-self.LIMIT :]), self.LIMIT)
+
+
 class Churn(LoadTestCase):
     @linux_only
     def test_of_a_thousand_requests_leaves_memory_and_descriptors_as_they_were(self):
@@ -404,6 +438,6 @@ class Churn(LoadTestCase):
             thread.join()
         stub.wait_closed(4)
         eventually(lambda: broker.fd_count() - stub.open_connections <= before[0], what="the old number of descriptors")
-        self.assertEqual(broker.thread_count(), before[1])
+        eventually(lambda: broker.thread_count() <= before[1], what="the old number of threads")
         self.assertLess(broker.rss_anon_kb() - before[2], 4 << 10)
         self.assertEqual(len(stub.requests), 900)

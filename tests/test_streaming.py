@@ -1,16 +1,18 @@
 """Answers go back as they arrive, never look complete when they are not, and end when their caller leaves."""
 
 import contextlib
+import json
 import os
 import select
 import socket
 import threading
+import unittest
 
+from broker import UsageReader
 from tests.support import (
     BrokerTestCase,
     Gone,
     Puppet,
-    SharedBroker,
     eventually,
     linux_only,
     make_executable,
@@ -25,7 +27,20 @@ MODELS = "/v1/models"
 SOON = 3
 
 
-class StreamingTestCase(SharedBroker):
+class StreamingTestCase(BrokerTestCase):
+    """One broker and one upstream for all tests of a class."""
+
+    config: dict = {}
+    tls = False
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = cls.class_stub(tls=cls.tls)
+        cls.served = cls.class_broker(cls.upstream, config=cls.config)
+
+    def setUp(self):
+        self.upstream.forget()
+
     def ask(self, data=None, version="HTTP/1.1", method="GET"):
         """A caller that has sent its request, and the upstream's end of it in our hands."""
         puppet = Puppet(self.upstream)
@@ -206,7 +221,9 @@ class TheAnswersHead(StreamingTestCase):
     DROPPED = [
         "Keep-Alive", "Proxy-Authenticate", "Proxy-Connection", "TE", "Trailer", "Upgrade", "Set-Cookie", "Set-Cookie2",
         "Access-Control-Allow-Origin", "Access-Control-Expose-Headers", "Access-Control-Anything", "WWW-Authenticate",
-        "Alt-Svc", "Strict-Transport-Security", "Clear-Site-Data", "Refresh", "Link", "Report-To", "NEL", "Server", "Via",
+        "Alt-Svc", "Strict-Transport-Security", "Clear-Site-Data", "Refresh", "Report-To", "NEL", "Server", "Via",
+        "Reporting-Endpoints", "Speculation-Rules", "Timing-Allow-Origin", "Content-Security-Policy-Report-Only",
+        "Authentication-Info", "Proxy-Authentication-Info",
         "X-Broker-Error", "X-Broker-Request-Id", "X-Broker-Anything", "openai-organization", "openai-project",
         "anthropic-organization-id", "X-Content-Type-Options", "Cross-Origin-Resource-Policy", "Content-Security-Policy",
     ]  # fmt: skip
@@ -227,7 +244,7 @@ class TheAnswersHead(StreamingTestCase):
             ("Cache-Control", "no-store"),
             ("ETag", '"x"'),
             ("Retry-After", "7"),
-            ("Content-Encoding", "identity"),
+            ("Link", '<https://api.github.com/x?page=2>; rel="next"'),
             ("openai-processing-ms", "12"),
             ("openai-version", "2020-10-01"),
             ("x-ratelimit-remaining-tokens", "100"),
@@ -236,7 +253,6 @@ class TheAnswersHead(StreamingTestCase):
             ("x-should-retry", "true"),
             ("X-Twice", "1"),
             ("X-Twice", "2"),
-            ("Linked", "not a Link"),
         ]
         expected = sorted([(name.lower(), value) for name, value in kept] + self.FIXED)
         self.assertEqual(self.whole_head(kept + [(name, "x") for name in self.DROPPED]), expected)
@@ -246,6 +262,11 @@ class TheAnswersHead(StreamingTestCase):
         for name in self.DROPPED:
             with self.subTest(name):
                 self.assertEqual(self.whole_head([(name, "x")]), sorted(self.FIXED))
+
+    def test_loses_a_coding_that_means_none(self):
+        for coding in ("identity", "none", "utf-8", "", "identity, identity", "NONE, UTF-8"):
+            with self.subTest(coding):
+                self.assertEqual(self.whole_head([("Content-Encoding", coding)]), sorted(self.FIXED))
 
     def test_loses_what_connection_names(self):
         for case, values in {"one": ["X-Mine"], "among others": ["keep-alive, x-mine"], "twice": ["a", "X-MINE"]}.items():
@@ -354,24 +375,28 @@ class TheCallerLeaves(StreamingTestCase):
             self.assertEqual(self.served.request("GET", MODELS).status, 200)
             self.assertEqual([request.method for request in self.upstream.requests], ["POST", "GET"])
 
-    @linux_only
-    def test_with_a_request_behind_that_is_longer_than_what_is_read_ahead(self):
-        behind = self.served.post_bytes(CHAT, {"next": "x" * 90000})
-        for way in self.WAYS:
-            with self.subTest(way), self.logged_as(None):
-                caller, puppet = self.ask(self.served.post_bytes(CHAT, {}) + behind)
-                self.assert_lets_go(caller, way, puppet.conn)
+    def test_which_more_behind_than_is_read_ahead_counts_as(self):
+        # What a caller says meanwhile is kept for it, and that has to have an end.
+        for size in (90000, 300000):
+            with self.subTest(size), self.logged_as(200):
+                caller, puppet = self.ask(self.served.post_bytes(CHAT, {}))
+                puppet.start_stream()
+                caller.read_head()
+                with contextlib.suppress(ConnectionError):
+                    caller.send(self.served.post_bytes(CHAT, {"next": "x" * size}))
+                let_go = lambda conn=puppet.conn: conn.gone.is_set() or conn.closed  # noqa: E731
+                eventually(let_go, SOON, "the end of the upstream's connection")
+                with self.assertRaises((Gone, ConnectionResetError)):
+                    caller.read_chunk()
+        self.assertEqual([request.json() for request in self.upstream.requests], [{}, {}])
 
     def test_which_another_request_behind_alone_does_not_mean(self):
-        for size in (10, 90000, 300000):
+        for size in (10, 60000):
             with self.subTest(size):
                 caller, puppet = self.ask(self.served.post_bytes(CHAT, {}))
                 puppet.start_stream()
                 caller.read_head()
-                # The second request's body may be more than the buffers on the way hold: it is sent meanwhile.
-                second = self.served.post_bytes(CHAT, {"next": "x" * size})
-                sender = threading.Thread(target=caller.send, args=(second,))
-                sender.start()
+                caller.send(self.served.post_bytes(CHAT, {"next": "x" * size}))
                 for number in range(3):
                     puppet.chunk(b"data: %d\n\n" % number)
                     self.assertEqual(caller.read_chunk(), b"data: %d\n\n" % number)
@@ -379,9 +404,7 @@ class TheCallerLeaves(StreamingTestCase):
                 puppet.end()
                 puppet.done()
                 self.assertEqual(caller.read_chunk(), b"")
-                answer = caller.read_answer()
-                sender.join()
-                self.assertEqual(answer.json(), {"got": size + 12})
+                self.assertEqual(caller.read_answer().json(), {"got": size + 12})
 
     def test_and_nothing_stays_behind_in_the_broker(self):
         self.assertEqual(self.served.request("GET", MODELS).status, 200)
@@ -464,6 +487,95 @@ def open_for_writing(fifo):
         return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return None
+
+
+class AStreamThatBeganWell(StreamingTestCase):
+    """Its status says 200, and then it tells of an error: that is no success."""
+
+    def outcome_of(self, pieces, content_type="text/event-stream"):
+        def stream(conn, request):
+            conn.start_stream(content_type)
+            for piece in pieces:
+                conn.chunk(piece)
+            conn.end()
+
+        self.upstream.script(stream)
+        answer = self.served.request("GET", MODELS)
+        self.assertEqual((answer.status, answer.body), (200, b"".join(pieces)))
+        return self.served.wait_event(event="response", id=answer.header("X-Broker-Request-Id"))["outcome"]
+
+    def test_and_tells_of_an_error_is_logged_as_one(self):
+        text = b'data: {"choices": [{"delta": {"content": "hello"}}]}\n\n'
+        error = b'{"error": {"message": "overloaded", "type": "server_error"}}'
+        cases = {
+            "OpenAI": [text, b"data: " + error + b"\n\n"],
+            "without a blank": [text, b"data:" + error + b"\n\n"],
+            "Anthropic": [text, b'event: error\ndata: {"type": "error", "error": {"type": "overloaded_error"}}\n\n'],
+            "its name alone": [text, b"event: error\ndata: oh no\n\n"],
+            "OpenAI responses": [b'event: response.failed\ndata: {"type": "response.failed", "response": {"id": "r"}}\n\n'],
+            "the name in the data alone": [b'data: {"type": "response.failed", "response": {}}\n\n'],
+            "a text as the error": [text, b'data: {"error": "overloaded"}\n\n'],
+            "cut anywhere": [text, *(bytes([byte]) for byte in b"data: " + error + b"\n\n")],
+            "in a last line without an end": [text, b"data: " + error],
+            "with CRLF": [text.replace(b"\n", b"\r\n"), b"data: " + error + b"\r\n\r\n"],
+            "behind a byte-order mark": [b"\xef\xbb\xbfdata: " + error + b"\n\n"],
+            "behind a comment": [b": keep-alive\n\n", b"data: " + error + b"\n\n"],
+        }
+        for case, pieces in cases.items():
+            with self.subTest(case):
+                self.assertEqual(self.outcome_of(pieces), "upstream_error")
+        with self.subTest("lines of JSON"):
+            self.assertEqual(self.outcome_of([b'{"message": {}}\n', error + b"\n"], "application/x-ndjson"), "upstream_error")
+
+    def test_and_only_speaks_of_errors_is_a_success(self):
+        cases = {
+            "in its text": [b'data: {"choices": [{"delta": {"content": "{\\"error\\": 1}"}}]}\n\n'],
+            "as null": [b'data: {"type": "response.completed", "error": null}\n\n'],
+            "further down": [b'data: {"delta": {"error": "x"}, "choices": [{"error": "y", "type": "error"}]}\n\n'],
+            "as another event": [b'event: errors\ndata: {"type": "errors"}\n\n'],
+            "as arguments of a tool": [b'data: {"type": "input_json_delta", "partial_json": "\\"type\\": \\"error\\""}\n\n'],
+        }
+        for case, pieces in cases.items():
+            with self.subTest(case):
+                self.assertEqual(self.outcome_of(pieces), "ok")
+        with self.subTest("in an answer that is no stream"):
+            # Whoever answers 200 with it means it so.
+            self.assertEqual(self.outcome_of([b'{"error": {"code": 1}}'], "application/json"), "ok")
+
+
+class GeneratedAnswers(unittest.TestCase):
+    """The reader of usage by itself: what it finds may not depend on how an answer is cut, nor on what a model says."""
+
+    def answer(self, random):
+        """(content type, body, usage) with texts in it that look like usage."""
+        decoys = ['"usage": {"prompt_tokens": 99, "completion_tokens": 99}', '{"error": 1}', "\n\ndata: {", '\\"}', "é\u2028"]
+        text = lambda: "".join(random.choices(decoys + ["word "], k=random.randint(0, 5)))  # noqa: E731
+        counts = {"prompt_tokens": random.randint(0, 10**6), "completion_tokens": random.randint(0, 10**6)}
+        usage = {"input_tokens": counts["prompt_tokens"], "output_tokens": counts["completion_tokens"]}
+        below = {"deep": {"usage": {"prompt_tokens": 77}, "list": [{"usage": {"completion_tokens": 77}}, [text()]]}}
+        pieces = [{"choices": [{"delta": {"content": text()}}], **below} for _ in range(random.randint(0, 4))]
+        pieces.append({"choices": [], "text": text(), "usage": {"details": {"prompt_tokens": 66}, **counts}})
+        if random.random() < 0.4:
+            indent = random.choice((None, 1))
+            return "application/json", json.dumps({**below, **pieces[-1]}, ensure_ascii=False, indent=indent).encode(), usage
+        end = random.choice(("\n\n", "\r\n\r\n"))
+        fields = ("data: ", "data:", f"id: 1{end[: len(end) // 2]}data: ")
+        events = [random.choice(fields) + json.dumps(piece) + end for piece in pieces]
+        events.append(random.choice(("", f"data: [DONE]{end}", f": done{end}")))
+        mark = random.choice(("", "\ufeff"))
+        return random.choice(("text/event-stream", "", "application/octet-stream")), (mark + "".join(events)).encode(), usage
+
+    def test_tell_the_same_usage_however_they_are_cut(self):
+        random = seeded("usage")
+        for number in range(300):
+            kind, body, usage = self.answer(random)
+            for size in (len(body), 1, random.randint(2, 40)):
+                with self.subTest(number, size=size, body=body):
+                    reader = UsageReader(kind)
+                    for at in range(0, len(body), size):
+                        reader.feed(body[at : at + size])
+                    reader.finish()
+                    self.assertEqual((reader.usage, reader.failed), (usage, False))
 
 
 class TheUpstreamBreaksOff(StreamingTestCase):

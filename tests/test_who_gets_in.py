@@ -1,18 +1,61 @@
 """Who may call, what they may call, and what a refusal looks like."""
 
 import base64
+import functools
 import gzip
+import itertools
 import json
+import re
 import threading
+import time
 import unittest
 
-from tests.support import ABSENT, ALLOWED_PATHS, BrokerTestCase, SharedBroker, canary, eventually, fresh_token
+from broker import segment_matches, segments_meet
+from tests.support import (
+    ABSENT,
+    ALLOWED_PATHS,
+    Broker,
+    BrokerTestCase,
+    StubUpstream,
+    canary,
+    eventually,
+    fresh_token,
+    seeded,
+    stop_stub,
+)
 
 CHAT = "/v1/chat/completions"
 JSON = ("Content-Type", "application/json")
 
 
-class DoorTestCase(SharedBroker):
+@functools.cache
+def started_for_all():
+    """(upstream, broker) of the classes that change nothing and read neither log nor stderr."""
+    upstream = StubUpstream()
+    unittest.addModuleCleanup(stop_stub, upstream)
+    served = Broker(upstream)
+    unittest.addModuleCleanup(served.close)
+    return upstream, served
+
+
+class DoorTestCase(BrokerTestCase):
+    """One broker and one echoing upstream for all tests of a class, or of several."""
+
+    config = {}
+    dry_run = False
+    alone = False  # it looks at the log, where refusals are counted and no longer written after a while
+
+    @classmethod
+    def setUpClass(cls):
+        if not (cls.config or cls.dry_run or cls.alone):
+            cls.upstream, cls.served = started_for_all()
+            return
+        cls.upstream = cls.class_stub()
+        cls.served = cls.class_broker(cls.upstream, config=cls.config, dry_run=cls.dry_run)
+
+    def setUp(self):
+        self.upstream.forget()
+
     def ask(self, method="GET", path="/v1/models", headers=(), token=True, host=True, body=b""):
         """One request as raw bytes, its answer read by length: nothing is normalised on the way."""
         headers = list(headers)
@@ -79,6 +122,32 @@ class Host(DoorTestCase):
         for case, request in cases.items():
             with self.subTest(case):
                 self.assert_keeps_out(403, "host_not_allowed", **{"headers": evil, **request}, host=False)
+
+
+class WhatARefusalSays(DoorTestCase):
+    """Agents often show nothing but the message: it names this very case, and its mend."""
+
+    def test_names_the_case_and_the_mend(self):
+        cases = {
+            "another host": (403, {"headers": [("Host", "pi.local:8791")], "host": False}, ("pi.local", "allowed_hosts")),
+            "a desktop app with a web view": (403, {"headers": [("Origin", "app://obsidian.md")]}, ("web view", "main process")),
+            "a browser": (403, {"headers": [("Sec-Fetch-Site", "none")]}, ("browser", "curl")),
+            "a key in the query": (403, {"path": "/v1/models?key=x"}, ("x-goog-api-key",)),
+            "a base URL that ends in a slash": (400, {"path": "//v1/models"}, ("slash at the end", "base URL")),
+            "CONNECT": (400, {"method": "CONNECT", "path": "api.openai.com:443"}, ("base URL", "no forward proxy")),
+            "an absolute target": (400, {"path": "http://api.openai.com/v1/models"}, ("base URL", "no forward proxy")),
+            "a semicolon": (400, {"path": "/v1/models;x=y"}, ("%XX",)),
+            "an encoded slash": (400, {"path": "/v1%2Fmodels"}, ("%2F",)),
+            "Codex' compression": (415, {
+                "method": "POST", "path": CHAT, "headers": [JSON, ("Content-Encoding", "zstd")], "body": b"x",
+            }, ("enable_request_compression",)),
+        }  # fmt: skip
+        for case, (status, request, words) in cases.items():
+            with self.subTest(case):
+                answer = self.ask(**request)
+                self.assertEqual(answer.status, status, answer)
+                for word in words:
+                    self.assertIn(word, answer.message)
 
 
 class FurtherHosts(DoorTestCase):
@@ -181,6 +250,8 @@ class EveryAnswer(DoorTestCase):
 
 
 class HealthCheck(DoorTestCase):
+    alone = True
+
     def test_needs_no_token_and_says_one_thing(self):
         for path in ("/healthz", "/"):
             with self.subTest(path):
@@ -230,6 +301,9 @@ class CallerToken(DoorTestCase):
             "x-api-key": ("x-api-key", token),
             "api-key": ("Api-Key", token),
             "x-goog-api-key": ("x-goog-api-key", token),
+            "xi-api-key, as ElevenLabs' clients send it": ("xi-api-key", token),
+            "Authorization, as Deepgram's clients send it": ("Authorization", "Token " + token),
+            "authorization, that scheme in lower case": ("authorization", "token " + token),
         }
         for case, header in cases.items():
             with self.subTest(case):
@@ -259,46 +333,55 @@ class CallerToken(DoorTestCase):
                 self.assert_keeps_out(401, "client_token_required", headers=headers, token=False)
         self.assert_lets_in()
 
-    def test_is_what_the_first_header_says_and_no_later_one_helps(self):
+    def test_counts_in_any_of_its_headers_whatever_the_others_say(self):
+        # A session key of the provider may stand in the header that an SDK fills by itself.
         right, wrong = self.served.token, fresh_token()
-        own, key, azure, google = "X-Broker-Token", "x-api-key", "api-key", "x-goog-api-key"
+        own, key, azure, google, labs = "X-Broker-Token", "x-api-key", "api-key", "x-goog-api-key", "xi-api-key"
         bearer = {right: ("Authorization", "Bearer " + right), wrong: ("Authorization", "Bearer " + wrong)}
         basic = ("Authorization", "Basic " + base64.b64encode(right.encode()).decode())
         let_in = {
             "ours right, Authorization wrong": [bearer[wrong], (own, right)],
-            "ours right, x-api-key wrong": [(key, wrong), (own, right)],
+            "ours wrong, Authorization right": [bearer[right], (own, wrong)],
+            "ours empty, Authorization right": [bearer[right], (own, "")],
             "Authorization right, x-api-key wrong": [(key, wrong), bearer[right]],
-            "x-api-key right, api-key wrong": [(azure, wrong), (key, right)],
-            "api-key right, x-goog-api-key wrong": [(google, wrong), (azure, right)],
-            "ours right, another scheme": [basic, (own, right)],
+            "Authorization wrong, x-api-key right": [(key, right), bearer[wrong]],
+            "a session key as Authorization, x-api-key right": [(key, right), ("Authorization", "Bearer sess-0123456789abcdef")],
+            "x-api-key wrong, api-key right": [(azure, right), (key, wrong)],
+            "api-key wrong, x-goog-api-key right": [(google, right), (azure, wrong)],
+            "x-goog-api-key wrong, xi-api-key right": [(labs, right), (google, wrong)],
+            "another scheme, ours right": [basic, (own, right)],
+            "another scheme, x-api-key right": [(key, right), basic],
+            "no scheme, x-api-key right": [(key, right), ("Authorization", right)],
+            "an empty Authorization, x-api-key right": [(key, right), ("Authorization", "")],
+            "the same header twice, first right": [(own, right), (own.upper(), wrong)],
+            "the same header twice, second right": [(key, wrong), (key.upper(), right)],
+            "the same header twice, both right": [bearer[right], bearer[right]],
+            "all of them right": [(name, right) for name in (own, key, azure, google, labs)] + [bearer[right]],
         }
         for case, headers in let_in.items():
             with self.subTest(case):
                 self.assert_lets_in(headers=headers, token=False)
+                sent = self.upstream.requests[-1]
+                self.assertEqual(sent.all("Authorization"), ["Bearer " + self.served.secret])
+                self.assertEqual([name for name in (own, key, azure, google, labs) if sent.all(name)], [])
         keep_out = {
-            "ours wrong, Authorization right": [bearer[right], (own, wrong)],
-            "ours empty, Authorization right": [bearer[right], (own, "")],
-            "Authorization wrong, x-api-key right": [(key, right), bearer[wrong]],
-            "x-api-key wrong, api-key right": [(azure, right), (key, wrong)],
-            "api-key wrong, x-goog-api-key right": [(google, right), (azure, wrong)],
-            "another scheme, x-api-key right": [(key, right), basic],
-            "no scheme, x-api-key right": [(key, right), ("Authorization", right)],
-            "an empty Authorization, x-api-key right": [(key, right), ("Authorization", "")],
+            "all of them wrong": [(name, wrong) for name in (own, key, azure, google, labs)] + [bearer[wrong]],
+            "another scheme": [basic],
+            "no scheme": [("Authorization", right)],
             "a scheme that only begins alike": [("Authorization", "Bearerx " + right)],
+            "a scheme in a header that has none": [(key, "Bearer " + right)],
+            "a header that none of the clients uses": [("X-Auth-Token", right), ("X-Token", right), ("Token", right)],
+            "half in one, half in the other": [(key, right[:20]), (key, right[20:])],
+            "in a cookie": [("Cookie", "token=" + right)],
         }
         for case, headers in keep_out.items():
             with self.subTest(case):
                 self.assert_keeps_out(401, "client_token_required", headers=headers, token=False)
 
-    def test_sent_twice_in_the_deciding_header_is_malformed(self):
-        right, wrong = self.served.token, fresh_token()
-        for name, prefix in (("X-Broker-Token", ""), ("Authorization", "Bearer "), ("x-api-key", ""), ("api-key", "")):
-            for first, second in ((right, right), (right, wrong), (wrong, right)):
-                with self.subTest(name=name, first=first == right, second=second == right):
-                    headers = [(name, prefix + first), (name.upper(), prefix + second)]
-                    self.assert_keeps_out(400, "bad_request", headers=headers, token=False)
-        with self.subTest("in one that does not decide"):
-            self.assert_lets_in(headers=[("x-api-key", wrong), ("x-api-key", wrong)])
+    def test_missing_says_what_may_be_the_matter(self):
+        message = self.assert_keeps_out(401, "client_token_required", token=False).message
+        for words in ("missing, or not this broker's", "dry-run", "`--`", "X-Broker-Token"):
+            self.assertIn(words, message)
 
     def test_missing_gets_the_same_answer_whatever_was_asked(self):
         large = ("Content-Length", "99999999999")
@@ -347,6 +430,8 @@ class NoCallerToken(DoorTestCase):
 
 
 class Allowlist(DoorTestCase):
+    alone = True
+
     def test_lets_in_what_a_rule_names(self):
         cases = [
             ("GET", "/v1/models"),
@@ -412,19 +497,6 @@ class Allowlist(DoorTestCase):
         self.assertIn("allowed_paths", message)
         self.assertIn(CHAT, message)
 
-    def test_names_first_the_rule_that_differs_by_a_leading_v1(self):
-        cases = [("/messages", "/v1/messages"), ("/v1/v1/messages", "/v1/messages"), ("/embeddings", "/v1/embeddings")]
-        for path, wanted in cases:
-            with self.subTest(path):
-                request = {"method": "POST", "path": path, "headers": [("Content-Length", "0")]}
-                message = self.assert_keeps_out(403, "path_not_allowed", **request).message
-                message = message.replace(path, "", 1) if path.startswith("/v1") else message
-                self.assertIn(wanted, message)
-                others = [rule.split()[-1] if " " in rule else rule for rule in ALLOWED_PATHS]
-                others = [rule for rule in others if not rule.startswith(wanted) and rule.startswith("/")]
-                first = min([message.find(rule) for rule in others if rule in message] or [len(message)])
-                self.assertLess(message.find(wanted), first)
-
     def test_writes_a_denied_line_without_the_query(self):
         self.assert_keeps_out(403, "path_not_allowed", path="/v1/unknown/q?limit=20")
         event = self.served.wait_event(event="denied", path="/v1/unknown/q")
@@ -438,6 +510,104 @@ class Allowlist(DoorTestCase):
         self.assertEqual(self.upstream.requests[-1].target, "/v1/models")
         for name, _ in headers:
             self.assertEqual(self.upstream.requests[-1].all(name), [])
+
+
+class GeneratedRules(unittest.TestCase):
+    """The pure part by itself, against a regular expression and against all short segments there are."""
+
+    @staticmethod
+    def model(pattern):
+        anything = "[^:]+" if ":" in pattern else ".+"
+        return re.compile(anything.join(map(re.escape, pattern.split("*"))))
+
+    def patterns(self, count, longest):
+        random = seeded("patterns")
+        while count:
+            pattern = "".join(random.choices("ab:*", weights=(4, 3, 1, 3), k=random.randint(1, longest)))
+            if pattern.count("*") <= 2 and "**" not in pattern:
+                count -= 1
+                yield pattern
+
+    def test_match_what_a_regular_expression_would(self):
+        segments = ["".join(letters) for length in range(1, 6) for letters in itertools.product("ab:", repeat=length)]
+        for pattern in set(self.patterns(150, 5)):
+            model = self.model(pattern)
+            for segment in segments:
+                self.assertEqual(segment_matches(pattern, segment), bool(model.fullmatch(segment)), (pattern, segment))
+
+    def test_are_said_to_meet_wherever_one_request_could_match_both(self):
+        segments = ["".join(letters) for length in range(1, 9) for letters in itertools.product("ab:", repeat=length)]
+        patterns = sorted(set(self.patterns(60, 4)))
+        matched = {pattern: {segment for segment in segments if self.model(pattern).fullmatch(segment)} for pattern in patterns}
+        for one, other in itertools.combinations_with_replacement(patterns, 2):
+            self.assertEqual(segments_meet(one, other), bool(matched[one] & matched[other]), (one, other))
+
+
+class ABaseUrlThatDiffersByV1(DoorTestCase):
+    """Some SDKs add `/v1` themselves, others want it in their base URL."""
+
+    config = {"allowed_paths": [*ALLOWED_PATHS, "/chat/completions", "GET /v1/*/items/*"]}
+
+    def test_is_mended_where_only_the_mended_path_has_a_rule(self):
+        cases = [
+            ("POST", "/messages", "/v1/messages"),
+            ("POST", "/v1/v1/messages", "/v1/messages"),
+            ("POST", "/embeddings", "/v1/embeddings"),
+            ("GET", "/models", "/v1/models"),
+            ("GET", "/models/gpt-4", "/v1/models/gpt-4"),
+            ("GET", "/v1/v1/models/gpt-4", "/v1/models/gpt-4"),
+            ("GET", "/responses/a%3Ab", "/v1/responses/a%3Ab"),
+            ("POST", "/v1/v1/responses/r_1/cancel", "/v1/responses/r_1/cancel"),
+        ]
+        for method, path, mended in cases:
+            with self.subTest(method + " " + path):
+                headers = [("Content-Length", "0")] if method == "POST" else []
+                self.assert_lets_in(method=method, path=path + "?limit=1", headers=headers)
+                self.assertEqual(self.upstream.requests[-1].target, mended + "?limit=1")
+                self.served.wait_event(event="request", path=mended)
+        self.assertEqual([event for event in self.served.events() if event.get("path") in ("/messages", "/v1/v1/messages")], [])
+
+    def test_is_left_as_it_is_where_it_has_a_rule_of_its_own(self):
+        for path in ("/chat/completions", "/v1/chat/completions"):
+            with self.subTest(path):
+                self.assert_lets_in(method="POST", path=path, headers=[("Content-Length", "0")])
+                self.assertEqual(self.upstream.requests[-1].target, path)
+
+    def test_is_no_way_to_a_path_without_a_rule(self):
+        cases = ["/v1/v1/v1/messages", "/messages/x", "/v2/messages", "/v1messages", "/V1/v1/messages", "/v1/items/b", "/unknown"]
+        for path in cases:
+            with self.subTest(path):
+                self.assert_keeps_out(403, "path_not_allowed", method="POST", path=path, headers=[("Content-Length", "0")])
+        # A `/v1` that is there is not missing: this one must not become an item of "v1".
+        self.assert_keeps_out(403, "path_not_allowed", path="/v1/items/b")
+
+    def test_is_told_of_a_wrong_method_and_a_websocket_like_any_other(self):
+        answer = self.assert_keeps_out(405, "method_not_allowed", method="DELETE", path="/messages")
+        self.assertEqual(answer.header("Allow"), "POST")
+        self.assert_keeps_out(426, "upgrade_not_supported", path="/responses", headers=UpgradeOffer.websocket)
+
+
+class ARuleWithManyAsterisks(DoorTestCase):
+    config = {"allowed_paths": ["GET /v1/a*b*c", "GET /v1/" + "/".join(["a*a*a"] * 8)]}
+
+    def test_takes_no_longer_for_a_long_path(self):
+        # A pattern that tries every place for every asterisk takes seconds here.
+        paths = ["/v1/" + "a" * 1000 + "c", "/v1/a" + "b" * 1000 + "d", "/v1/" + "/".join(["a" * 120] * 7 + ["a" * 119 + "b"])]
+        began = time.monotonic()
+        for path in paths * 20:
+            self.assert_keeps_out(403, "path_not_allowed", path=path)
+        self.assertLess(time.monotonic() - began, 10)
+
+    def test_means_what_it_says(self):
+        for path, inside in (
+            ("/v1/axbxc", True), ("/v1/axxbbbxc", True), ("/v1/abbbc", True), ("/v1/abc", False), ("/v1/axbc", False),
+            ("/v1/abxc", False), ("/v1/axbx", False), ("/v1/xaxbxc", False), ("/v1/axcxb", False),
+        ):  # fmt: skip
+            with self.subTest(path):
+                if inside:
+                    self.assert_lets_in(path=path)
+                else:
+                    self.assert_keeps_out(403, "path_not_allowed", path=path)
 
 
 class UnusualRules(DoorTestCase):
@@ -486,14 +656,11 @@ class UnusualRules(DoorTestCase):
 class BasePath(BrokerTestCase):
     def test_of_the_upstream_is_put_before_the_path_of_the_request(self):
         stub = self.stub()
-        bases = ("/proxy/openai", "/proxy/openai/")
-        keywords = {base: {"upstream": stub, "config": {"upstream_base_url": stub.url + base}} for base in bases}
-        for base, broker in self.brokers(keywords).items():
-            with self.subTest(base):
-                self.assertEqual(broker.request("GET", "/v1/models?limit=2").status, 200)
-                self.assertEqual(stub.requests[-1].target, "/proxy/openai/v1/models?limit=2")
-                answer = broker.request("GET", "/proxy/openai/v1/models")
-                self.assert_refused(answer, 403, "path_not_allowed")
+        broker = self.broker(stub, config={"upstream_base_url": stub.url + "/proxy/openai/"})
+        self.assertEqual(broker.request("GET", "/v1/models?limit=2").status, 200)
+        self.assertEqual(stub.requests[-1].target, "/proxy/openai/v1/models?limit=2")
+        answer = broker.request("GET", "/proxy/openai/v1/models")
+        self.assert_refused(answer, 403, "path_not_allowed")
 
 
 class UpgradeOffer(DoorTestCase):
@@ -543,6 +710,8 @@ class Query(DoorTestCase):
             "alt=sse",
             "limit=20&after=x",
             "include%5B%5D=a&include%5b%5d=b",
+            "include[]=file_search_call.results&include[]=x",
+            "metadata[key]=x&a=[b]",
             "a=b=c",
             "flag",
             "a=&b=",
@@ -556,6 +725,8 @@ class Query(DoorTestCase):
             "monkey=1",
             "tokens=2",
             "author=me",
+            "page-token=x&pageToken=y&next_page_token=z",
+            "max-completion-tokens=5&codes=1&secrets=2",
         ]
         queries += ["q=-._~!$'()*+,:@/?=%20%C3%A9", "q=key", "q=%6bey", "a=1&&b=2", "x=" + "y" * 4094, many]
         for query in queries:
@@ -584,6 +755,10 @@ class Query(DoorTestCase):
             "%24key",
             "$other",
         ]
+        names += ["code", "secret", "subscription-key", "Subscription_Key", "session-token", "session_key", "refresh_token"]
+        names += ["id_token", "private-key", "security-token", "auth-secret", "oauth_secret", "secret-key", "access-key"]
+        names += ["auth_token", "client-key", "client_token", "api-token", "api_secret", "proxy-authorization", "my-api-key"]
+        names += ["my_apikey", "key[]", "token[x]", "secret[", "subscription-key[0]"]
         names += [
             "%6bey",
             "k%65y",
@@ -611,6 +786,14 @@ class Query(DoorTestCase):
                     self.assert_keeps_out(403, "query_not_allowed", path="/v1/models?" + query)
         self.assert_lets_in(path="/v1/models?limit=1")
 
+    def test_with_a_key_is_refused_with_the_mend(self):
+        message = self.assert_keeps_out(403, "query_not_allowed", path="/v1/models?key=x").message
+        self.assertIn("x-goog-api-key", message)
+        self.assertIn("(key)", message)
+        message = self.assert_keeps_out(403, "query_not_allowed", path="/v1/models?subscription-key=x").message
+        self.assertIn("(subscription-key)", message)
+        self.assertNotIn("x-goog-api-key", message)
+
     def test_that_is_malformed_is_refused(self):
         queries = [
             "a=%",
@@ -624,9 +807,8 @@ class Query(DoorTestCase):
             "a=b|c",
             "a=b\\c",
             "a={b}",
-            "a=[b]",
         ]
-        queries += ["a[]=b", "a^b", "a`b", "a=b#c", "x=" + "y" * 4095]
+        queries += ["a^b", "a`b", "a=b#c", "x=" + "y" * 4095]
         queries += ["&".join(["p=1"] * 101)]
         for query in queries:
             with self.subTest(query[:40]):
@@ -653,6 +835,13 @@ class ContentType(DoorTestCase):
             "Application/JSON",
             "application/json; charset=utf-8",
             "application/json;charset=UTF-8",
+            "application/json;",
+            "application/json ; charset=utf-8",
+            "application/json;; charset=utf-8;",
+            "application/json; charset=utf8",
+            'application/json; charset="utf-8"',
+            "application/json; charset=us-ascii",
+            "application/json; version=1; profile=\"a b\"",
         ):
             with self.subTest(value):
                 self.assert_lets_in(method="POST", path=CHAT, headers=[("Content-Type", value)], body=b"{}")
@@ -674,6 +863,9 @@ class ContentType(DoorTestCase):
             "application/json, text/plain",
         ]
         values += ["text/plain; application/json", "application/json; charset=utf-8; charset=utf-16"]
+        parameters = ["charset*=utf-16''x", "charset*0=utf-16", "charsets=utf-16", 'charset="utf-16"', "charset", "charset=", "x"]
+        parameters += ['a="; charset=utf-16', "charset=utf-7", "charset=utf-8, text/plain"]
+        values += ["application/json; " + parameter for parameter in parameters] + ["application/json charset=utf-8"]
         for value in values:
             with self.subTest(value):
                 request = {"method": "POST", "path": CHAT, "headers": [("Content-Type", value)], "body": b"{}"}
@@ -721,7 +913,8 @@ class ContentType(DoorTestCase):
 
 class ContentEncoding(DoorTestCase):
     def test_other_than_identity_is_refused_with_the_cure(self):
-        for coding in ("gzip", "zstd", "br", "deflate", "x-gzip", "identity, gzip", "gzip, identity", "compress", "x"):
+        codings = ["gzip", "zstd", "br", "deflate", "x-gzip", "identity, gzip", "gzip, identity", "compress", "x", "none, br"]
+        for coding in [*codings, "utf-16"]:
             with self.subTest(coding):
                 headers = [JSON, ("Content-Encoding", coding)]
                 request = {"method": "POST", "path": CHAT, "headers": headers, "body": gzip.compress(b"{}")}
@@ -733,10 +926,14 @@ class ContentEncoding(DoorTestCase):
         self.assertIn(self.ask("POST", CHAT, headers, body=b"{}").status, (400, 415))
         self.assertEqual(self.upstream.requests, [])
 
-    def test_identity_is_let_in(self):
-        for coding in ("identity", "Identity"):
+    def test_that_means_none_is_let_in_and_dropped(self):
+        for coding in ("identity", "Identity", "none", "utf-8", "UTF-8", "", "identity, identity", "none,utf-8", " , "):
             with self.subTest(coding):
                 self.assert_lets_in(method="POST", path=CHAT, headers=[JSON, ("Content-Encoding", coding)], body=b"{}")
+                self.assertEqual(self.upstream.requests[-1].all("Content-Encoding"), [])
+        twice = [("Content-Encoding", "identity"), ("content-encoding", "none")]
+        self.assert_lets_in(method="POST", path=CHAT, headers=[JSON, *twice], body=b"{}")
+        self.assertEqual(self.upstream.requests[-1].all("Content-Encoding"), [])
 
     def test_in_a_spelling_that_some_servers_take_for_it_is_dropped(self):
         spellings = [("Content_Encoding", "gzip"), ("Content_Type", "text/plain"), ("Transfer_Encoding", "chunked")]
@@ -860,7 +1057,7 @@ class JsonBody(DoorTestCase):
         cases = {
             "arrays": b'{"a": ' + b"[" * 100000 + b"]" * 100000 + b"}",
             "objects": b'{"a": ' * 100000 + b"1" + b"}" * 100000,
-            "arrays that never close": b'{"a": ' + b"[" * 1000000,
+            "arrays that never close": b'{"a": ' + b"[" * 900000,
         }
         for case, body in cases.items():
             with self.subTest(case):
@@ -869,6 +1066,38 @@ class JsonBody(DoorTestCase):
             # A Python without the limit may read it; a crash is what must not be.
             self.assertIn(self.post(b'{"a": ' + b"7" * 50000 + b"}").status, (200, 400))
         self.assertEqual(self.post(b"{}").status, 200)
+
+    def test_of_more_than_a_million_parts_is_refused_wherever_they_stand(self):
+        million = 1_000_000
+        cases = {
+            "brackets": (b'{"a": ' + b"[" * million, 413),
+            "objects": (b'{"a": [' + b"{}," * (million // 2) + b"{}]}", 413),
+            "numbers": (b'{"a": [' + b"1," * million + b"1]}", 413),
+            "in a text, one too many": (b'{"a": "' + b"{[,,[{" * (million // 6) + b"," * 4 + b'"}', 413),
+            "in a text, as many as may be": (b'{"a": "' + b"{[,,[{" * (million // 6) + b"," * 3 + b'"}', 200),
+        }
+        for case, (body, status) in cases.items():
+            with self.subTest(case):
+                answer = self.post(body)
+                self.assertEqual(answer.status, status)
+                if status == 413:
+                    self.assert_refused(answer, 413, "request_too_large")
+                    self.assertIn("1000000", answer.message)
+
+    def test_is_refused_in_words_about_json(self):
+        cases = {
+            "a byte-order mark": (b"\xef\xbb\xbf{}", "byte-order mark"),
+            "a huge integer": (b'{"a": ' + b"7" * 5000 + b"}", "digits"),
+            "deep": (b'{"a": ' + b"[" * 100000 + b"]" * 100000 + b"}", "deep"),
+            "a key twice": (b'{"model": 1, "model": 2}', "model"),
+        }
+        for case, (body, words) in cases.items():
+            with self.subTest(case):
+                answer = self.post(body)
+                self.assert_refused(answer, 400, "invalid_json")
+                self.assertIn(words, answer.message)
+                for foreign in ("utf-8-sig", "recursion", "set_int_max_str_digits", "Python", "codec", "Exceeds"):
+                    self.assertNotIn(foreign, answer.message)
 
     def test_is_looked_at_on_every_path_with_a_body(self):
         for path in (
@@ -882,6 +1111,8 @@ class JsonBody(DoorTestCase):
 
 
 class TheSecretItself(DoorTestCase):
+    alone = True
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
@@ -912,6 +1143,9 @@ class TheSecretItself(DoorTestCase):
                 "body": b'{"%s": 1}' % secret.encode(),
             },
             "in the query": {"path": "/v1/models?after=" + secret},
+            "in the query, half of it percent-encoded": {
+                "path": "/v1/models?after=" + secret[:20] + "".join(f"%{ord(character):02x}" for character in secret[20:]),
+            },
             "in the path": {"path": "/v1/models/" + secret},
             "in a header": {"headers": [("X-Note", "a " + secret + " b")]},
             "in a header that is dropped": {"headers": [("Authorization", "Bearer " + secret)]},
@@ -1122,9 +1356,9 @@ class DryRunAtTheDoor(DoorTestCase):
         self.assertEqual(self.upstream.connections, 0)
 
     def test_makes_a_token_of_its_own_where_none_is_set(self):
-        cases = {"its variable": {"env": {"BROKER_TEST_TOKEN": ABSENT}}, "its key": {"config": {"client_token_env": ABSENT}}}
-        for case, broker in self.brokers({case: {"dry_run": True, **keywords} for case, keywords in cases.items()}).items():
-            with self.subTest(without=case):
+        for config, env in (({}, {"BROKER_TEST_TOKEN": ABSENT}), ({"client_token_env": ABSENT}, {})):
+            with self.subTest(config=config, env=env):
+                broker = self.broker(config=config, env=env, dry_run=True)
                 shown = broker.wait_stderr(r"export ([A-Z_]+)=['\"]?([!-&(-~]+?)['\"]?\s")
                 self.assertGreaterEqual(len(shown.group(2)), 32)
                 self.assertEqual(broker.stderr_text().count(shown.group(2)), 1)
