@@ -3606,6 +3606,15 @@ def guard_process() -> list[str]:
     return ["the process could not be made non-dumpable: other programs of your user may read its memory"] if refused else []
 
 
+def give_memory_back() -> None:
+    """Has glibc take long bodies from the system and give them back. By itself it keeps what is freed, after the first few,
+    for the next ones of their size."""
+    m_mmap_threshold = -3
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+        import ctypes
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, MIB)
+
+
 def descriptor_limit() -> int:
     """How many descriptors the process may have."""
     try:
@@ -3995,14 +4004,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.reserve_room(head.length or 0)
         if head.fields.get("expect", "").lower() == "100-continue" and head.minor and not self.wire.buffer:
             self.send(exchange, b"HTTP/1.1 100 Continue\r\n\r\n")
-        pieces: list[bytes] = []
+        body = bytearray()                  # not a list of pieces: long ones between others' leave holes in the memory
         try:
             while True:
                 # Attack: chunks of one byte, from many callers at once. One thread at a time takes such a heap apart.
                 is_heap = head.chunked and self.wire.buffer.count(b"\r\n") > CHUNK_HEAP
                 with HEAVY_WORK if is_heap else contextlib.nullcontext():
                     piece, self.wire.buffer = source.take(self.wire.buffer)
-                pieces.append(piece)
                 exchange.request_bytes += len(piece)
                 if head.chunked:
                     exchange.reserve_room(len(piece))
@@ -4011,7 +4019,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                            "the broker's configuration)")
                 if source.done:
                     exchange.unread = None
-                    return b"".join(pieces)
+                    return bytes(body + piece) if body else piece
+                body += piece
                 whole = began + BODY_SECONDS + exchange.request_bytes / BODY_BYTES_A_SECOND
                 self.wire.fill(min(time.monotonic() + BODY_SILENCE_SECONDS, whole))
         except (Malformed, EOFError) as error:
@@ -4735,6 +4744,7 @@ def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
     """Serves until a signal, or for as long as the command runs."""
     signals = Signals(serves=True)
     try:
+        give_memory_back()
         state, warnings = prepare(config, run_as)
         server = open_server(state)
         signals.raising = False
