@@ -3,7 +3,8 @@ with what `broker.py` knows.
 
 A `console` block is a transcript: each line that begins with `$ ` is run, in the README's order and in a fresh folder,
 and what follows is what it prints. `…` stands for anything; times, ids and tokens may differ. An `sh` block is shown
-only. Under BROKER_SLOW_TESTS the exercises are done as well: the line is taken out, and the test named must go red.
+only. Under BROKER_SLOW_TESTS the exercises are done as well: the line is taken out, the attack must work, and the test
+named must go red.
 """
 
 import ast
@@ -11,6 +12,7 @@ import glob
 import importlib.util
 import json
 import os
+import plistlib
 import re
 import shlex
 import shutil
@@ -25,12 +27,14 @@ from tests.support import (
     ABSENT,
     ROOT,
     BrokerTestCase,
+    canary,
     free_port,
     linux_only,
     make_executable,
     minimal_environment,
     posix_only,
     run_broker,
+    run_each,
     slow,
 )
 
@@ -58,13 +62,17 @@ def section(title):
 
 def rows(title, columns):
     """The cells of the first table with so many columns in a section, without its head."""
-    lines = [line for line in section(title).splitlines() if line.startswith("| ") or line.startswith("|--")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
     ends = [at for at, line in enumerate(lines) if line.startswith("|--")] + [len(lines) + 1]
     for begin, end in zip(ends, ends[1:]):
         if len(cells[begin]) == columns:
             return cells[begin + 1 : end - 1]
     raise AssertionError(f"{title!r} has no table of {columns} columns")
+
+
+(AGENT,) = [("agent.py", program) for program in blocks("python") if "sk-workshop" in program]
+(CLASS,) = [("class.json", config) for config in blocks("json") if "STUDENT_TOKEN" in config]
 
 
 def words(cell):
@@ -76,12 +84,12 @@ def same_shape(text):
     """The text with all that may differ between two runs made alike."""
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text)
     text = re.sub(r'"(id|_ms|\w+_ms)":("[0-9a-f]{16}"|[0-9.]+)', r'"\1":0', text)
-    text = re.sub(r"(TOKEN=)[\w-]{43}", r"\1TOKEN", text)
-    text = re.sub(r"\b\d+\.\d\b", "0.0", text)          # the report's milliseconds
+    text = re.sub(r"\d{4}-\d\d-\d\d", "DAY", text)
     return re.sub(r"(?m)[ \t]{2,}| +$", "  ", text).strip()
 
 
 def pattern(expected):
+    """A regular expression for what is printed."""
     return ".*?".join(re.escape(part) for part in same_shape(expected).split("…"))
 
 
@@ -89,47 +97,38 @@ def pattern(expected):
 # The commands
 
 
-@posix_only
-@needs_curl
-class Transcripts(BrokerTestCase):
-    """The workshop, from its first to its last `console` block, by one reader in one folder."""
+class Reader(BrokerTestCase):
+    """Somebody with the README in one folder: a shell that keeps its exports, and a broker in terminal 1."""
 
     def setUp(self):
+        super().setUp()
         self.place = self.folder()
         self.port = free_port()
         for path in glob.glob(os.path.join(ROOT, "broker*.*")):
             shutil.copy(path, self.place)
-        self.rewrite(os.path.join(self.place, EXAMPLE), lambda text: text.replace("8791", str(self.port)))
+        self.write(EXAMPLE, self.read(EXAMPLE).replace("8791", str(self.port)))
+        for program in (AGENT, CLASS):
+            self.write(*program)
         programs = self.folder()
-        make_executable(programs, "python", f'exec "{sys.executable}" "$@"')
+        for name in ("python", "python3"):
+            make_executable(programs, name, f'exec "{sys.executable}" "$@"')
         path = programs + os.pathsep + os.environ.get("PATH", os.defpath)
         self.env = minimal_environment({"PATH": path, "HOME": self.place})
         self.exports = ""
         self.server = None
 
-    @staticmethod
-    def rewrite(path, change):
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(change(text))
+    def read(self, name):
+        with open(os.path.join(self.place, name), encoding="utf-8") as file:
+            return file.read()
 
-    def test_are_what_a_reader_sees(self):
-        ran = 0
-        for block in blocks("console"):
-            block = block.replace("8791", str(self.port))
-            for step in re.split(r"(?m)^\$ ", block)[1:]:
-                command, _, expected = step.partition("\n")
-                printed = self.do(command)
-                self.assertRegex(same_shape(printed), rf"(?s)\A{pattern(expected)}\Z", command)
-                ran += 1
-        self.assertGreater(ran, 10)
-        self.assertIsNotNone(self.server)
+    def write(self, name, text):
+        if name == CLASS[0]:
+            text = json.dumps({"listen_port": self.port, **json.loads(text)})
+        with open(os.path.join(self.place, name), "w", encoding="utf-8") as file:
+            file.write(text)
 
     def do(self, command):
         """Runs one command line as the reader's shell; what it prints."""
-        if command == "export BROKER_CLIENT_TOKEN=…":
-            command = f"export BROKER_CLIENT_TOKEN={self.server.token}"
         if command.startswith("export "):
             self.exports += command + "\n"
             return ""
@@ -146,15 +145,47 @@ class Transcripts(BrokerTestCase):
         )
         return run.stdout.decode()
 
-    def serve(self, args):
-        script = os.path.join(self.place, "broker.py")
-        log = os.path.join(self.place, "events.jsonl")
-        if os.path.exists(log):
-            os.unlink(log)              # of the two calls at the README's top
-        self.server = self.broker(use_config=False, args=args, folder=self.place, script=script)
-        self.server.token = self.server.wait_stderr(r"export BROKER_CLIENT_TOKEN=(\S+)")[1]
+    def serve(self, args, script=None):
+        """Ctrl-C in terminal 1, then the broker anew; what it prints."""
+        if self.server is not None:
+            self.server.close()
+        env = {name: self.do(f"printf %s ${name}") or ABSENT for name in ("BROKER_CLIENT_TOKEN", "STUDENT_TOKEN")}
+        script = script or os.path.join(self.place, "broker.py")
+        self.server = self.broker(use_config=False, args=args, folder=self.place, script=script, env=env)
         self.server.wait_stderr("export OPENAI_BASE_URL")
         return self.server.stderr_text()
+
+    def prepare(self):
+        """Step 4 without its calls: both tokens."""
+        for block in blocks("console"):
+            for command in re.findall(r"(?m)^\$ ((?:umask|export|python3 broker\.py --new-token).*)", block):
+                if "sk-workshop" not in command:
+                    self.do(command.replace("8791", str(self.port)))
+
+
+@posix_only
+@needs_curl
+class Transcripts(Reader):
+    """All `console` blocks, from the first to the last, by one reader in one folder."""
+
+    def test_are_what_a_reader_sees(self):
+        ran = 0
+        for block in blocks("console"):
+            block = block.replace("8791", str(self.port))
+            for step in re.split(r"(?m)^\$ ", block)[1:]:
+                command, _, expected = step.partition("\n")
+                with self.subTest(command):
+                    printed = self.do(command)
+                    self.assertRegex(same_shape(printed), rf"(?s)\A{pattern(self.here(expected))}\Z")
+                ran += 1
+        self.assertGreater(ran, 20)
+        self.assertIsNotNone(self.server)
+
+    @staticmethod
+    def here(expected):
+        """Nothing is closed to root, and only Linux has /proc."""
+        closed = sys.platform == "linux" and os.geteuid() != 0
+        return expected if closed else expected.replace("my parent's Permission denied", "my parent's …")
 
 
 class Requests(BrokerTestCase):
@@ -176,7 +207,7 @@ class Programs(BrokerTestCase):
     """The Python programs, in a dry-run of the example whose provider they call."""
 
     def test_run_as_they_stand(self):
-        programs = blocks("python")
+        programs = [program for program in blocks("python") if program.startswith("from ")]
         self.assertEqual(len(programs), 2)
         for program in programs:
             package = re.match(r"from (\w+) import", program)[1]
@@ -194,24 +225,172 @@ class Programs(BrokerTestCase):
 
 
 class Configurations(BrokerTestCase):
-    def test_load(self):
-        fragments = blocks("json")
-        self.assertGreaterEqual(len(fragments), 2)
-        with open(os.path.join(ROOT, EXAMPLE), encoding="utf-8") as file:
-            example = json.load(file)
-        for fragment in fragments:
-            with self.subTest(fragment):
-                config = json.loads(fragment)
-                if "upstream_base_url" not in config:
-                    config = {**example, **config}
-                run = run_broker("--check", "--dry-run", config_text=json.dumps(config))
-                self.assertEqual(run.returncode, 0, run.stderr)
+    def assert_load(self, configs):
+        """Each of {case: configuration} passes `--check` in a dry run."""
+        cases = {case: {"args": ["--check", "--dry-run"], "config_text": json.dumps(config)} for case, config in configs.items()}
+        for case, run in run_each(cases).items():
+            with self.subTest(case):
+                self.assertEqual(run().returncode, 0, run().stderr)
+
+    def test_that_are_whole_load(self):
+        whole = {", ".join(config): config for config in map(json.loads, blocks("json")) if "clients" in config}
+        self.assertEqual(len(whole), 2)
+        self.assert_load(whole)
+
+    def test_of_providers_load_alone_and_together(self):
+        together = {name: part for block in blocks("json") for name, part in json.loads(block).items() if "clients" not in block}
+        providers = ["openai", "anthropic", "azure", "gemini", "openrouter", "groq", "mistral", "ollama", "github"]
+        self.assertEqual(list(together), providers)
+        each = {name: {name: part} for name, part in together.items()}
+        token = {"client_token_env": "BROKER_CLIENT_TOKEN"}
+        self.assert_load({name: {**token, "upstreams": part} for name, part in {**each, "all": together}.items()})
 
     def test_of_allowed_paths_are_rules(self):
         rules = re.findall(r'`"([A-Z/][^`"]*)"`', section("Allowed paths"))
-        self.assertGreaterEqual(len(rules), 6)
+        self.assertGreaterEqual(len(rules), 5)
         run = run_broker("--check", "--dry-run", config={"allowed_paths": rules})
         self.assertEqual(run.returncode, 0, run.stderr)
+
+
+# Stands in for a vault's program: the words that it is called with are the whole of its interface.
+VAULT = """
+import os, sys
+with open(os.environ["VAULT_CALLS"], "a") as file:
+    print(*sys.argv[1:], file=file)
+print(os.environ["VAULT_SECRET"])
+"""
+
+
+class Recipes(BrokerTestCase):
+    """Where the key lives: each row's secret source, with a stand-in for the store."""
+
+    def recipes(self):
+        return {store: json.loads(words(source)[0]) for store, _, source in rows("Where your key lives", 3)}
+
+    def test_load(self):
+        self.assertGreaterEqual(len(self.recipes()), 12)
+        check = ["--check", "--dry-run"]
+        runs = run_each({store: {"args": check, "config": {"secret_source": source}} for store, source in self.recipes().items()})
+        for store, run in runs.items():
+            with self.subTest(store):
+                self.assertEqual(run().returncode, 0, run().stderr)
+
+    @posix_only
+    def test_ask_their_program_with_these_words(self):
+        for store, source in self.recipes().items():
+            if source["kind"] != "command":
+                continue
+            with self.subTest(store):
+                folder, secret = self.folder(), canary()
+                program, *arguments = source["argv"]
+                make_executable(folder, program, VAULT, sys.executable)
+                calls = os.path.join(folder, "calls")
+                path = folder + os.pathsep + os.environ.get("PATH", os.defpath)
+                stub = self.stub()
+                env = {"PATH": path, "VAULT_CALLS": calls, "VAULT_SECRET": secret}
+                running = self.broker(stub, config={"secret_source": source}, env=env, secret=secret)
+                self.assertEqual(running.post_json("/v1/chat/completions", {"model": "m"}).status, 200)
+                self.assertEqual(stub.requests[0].header("Authorization"), "Bearer " + secret)
+                with open(calls, encoding="utf-8") as file:
+                    self.assertEqual(file.read().split("\n"), [" ".join(arguments), ""])
+
+    @posix_only
+    def test_read_the_file_beside_the_configuration(self):
+        stub, secret = self.stub(), canary()
+        folder = self.folder()
+        source = self.recipes()["a file"]
+        with open(os.open(os.path.join(folder, source["path"]), os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write(secret + "\n")
+        running = self.broker(stub, config={"secret_source": source}, folder=folder, secret=secret)
+        self.assertEqual(running.post_json("/v1/chat/completions", {"model": "m"}).status, 200)
+        self.assertEqual(stub.requests[0].header("Authorization"), "Bearer " + secret)
+
+
+class Budget(BrokerTestCase):
+    def test_is_charged_as_the_worked_example_says(self):
+        stub = self.stub()
+        client = {"token_env": "BROKER_TEST_TOKEN", "tokens_per_day": 5000}
+        running = self.broker(stub, config={"client_token_env": ABSENT, "clients": {"me": client}})
+
+        def left():
+            return running.request("GET", "/broker").json()["left"]["tokens_per_day"]
+
+        def ask(body, answer):
+            stub.script(lambda conn, _: conn.respond(200, {"Content-Type": "application/json"}, answer.encode()))
+            return running.post_json("/v1/chat/completions", body)
+
+        usage = '{"usage": {"prompt_tokens": %d, "completion_tokens": %d}}'
+        ask({"model": "m", "max_tokens": 500}, usage % (120, 80))
+        self.assertEqual(left(), 4800)
+        ask({"model": "m"}, usage % (1000, 500))
+        self.assertEqual(left(), 3300)
+        self.assert_refused(ask({"model": "m"}, usage % (1, 1)), 429, "budget_exhausted")
+        self.assertEqual(left(), 3300)
+        body = {"model": "m", "max_tokens": 100, "messages": []}
+        body["user"] = "u" * (200 - len(json.dumps({**body, "user": ""})))
+        ask(body, '{"x": "%s"}' % ("x" * 591))
+        self.assertEqual(left(), 3100)
+
+
+# What the agent tries as another user: to call, and to read what is the broker's.
+OTHER_USER = """
+import json, os, sys, urllib.request
+headers = {"X-Broker-Token": os.environ["BROKER_CLIENT_TOKEN"]}
+answer = urllib.request.urlopen(urllib.request.Request(os.environ["BROKER_URL"] + "/v1/models", headers=headers))
+seen = {"call": answer.status, "uid": os.getuid()}
+parent = "/proc/%d/" % os.getppid()
+for path in [*sys.argv[1:], parent + "environ", parent + "mem"]:
+    try:
+        open(path, "rb").read(1)
+        seen[path] = "read"
+    except PermissionError:
+        seen[path] = "closed"
+print(json.dumps(seen))
+"""
+
+
+@linux_only
+@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root can become another user")
+@unittest.skipUnless(shutil.which("setpriv") and os.path.exists("/usr/bin/python3"), "setpriv or /usr/bin/python3 is missing")
+class AnotherUser(BrokerTestCase):
+    """A stronger boundary; `setpriv` stands in for `sudo -u agent`."""
+
+    def test_can_call_and_read_nothing_of_the_brokers(self):
+        stub, folder, secret = self.stub(), self.folder(), canary()
+        key, log = os.path.join(folder, "openai.key"), os.path.join(folder, "events.jsonl")
+        with open(os.open(key, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write(secret + "\n")
+        os.chmod(folder, 0o755)
+        as_other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", OTHER_USER]
+        config = {"secret_source": {"kind": "file", "path": "openai.key"}}
+        run = run_broker(upstream=stub, config=config, secret=secret, folder=folder, command=[*as_other, key, log])
+        self.assertEqual(run.returncode, 0, run.stderr)
+        seen = json.loads(run.stdout)
+        self.assertEqual((seen.pop("call"), seen.pop("uid")), (200, 65534))
+        self.assertEqual(len(seen), 4)
+        self.assertEqual(set(seen.values()), {"closed"}, seen)
+
+
+class Units(unittest.TestCase):
+    """What starts it at login is well-formed."""
+
+    def test_property_list(self):
+        (text,) = blocks("xml")
+        parsed = plistlib.loads(text.encode())
+        self.assertEqual(parsed["ProgramArguments"][:2], ["/bin/sh", "-c"])
+        self.assertIn("broker.py --config", parsed["ProgramArguments"][2])
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
+    def test_systemd_unit(self):
+        (text,) = blocks("ini")
+        with tempfile.TemporaryDirectory(prefix="broker-test-") as folder:
+            path = os.path.join(folder, "broker.service")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            env = minimal_environment({"XDG_RUNTIME_DIR": folder})
+            run = subprocess.run(["systemd-analyze", "--user", "verify", path], env=env, capture_output=True, timeout=30)
+            self.assertEqual(run.returncode, 0, run.stderr)
+            self.assertEqual(run.stderr, b"")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,16 +399,23 @@ class Configurations(BrokerTestCase):
 
 class Tables(BrokerTestCase):
     def test_have_every_configuration_key_with_its_default(self):
-        table = {words(key)[0]: default for key, default, _ in rows("Configuration keys", 3)}
+        table = {word: default for key, default, _ in rows("Configuration keys", 3) for word in words(key)}
         self.assertEqual(list(table), list(broker.KEYS))
         for key, (default, _) in broker.KEYS.items():
             with self.subTest(key):
-                wanted = "required" if default is broker.REQUIRED else f"`{json.dumps(default)}`"
+                wanted = "required" if default is broker.REQUIRED else "none" if default is None else f"`{json.dumps(default)}`"
                 self.assertEqual(table[key], wanted)
 
     def test_have_the_keys_that_the_program_itself_names(self):
         named = re.search("known are (.+)", run_broker("--check", config={"zzzz": 1}).stderr)[1].split(", ")
-        self.assertEqual([words(row[0])[0] for row in rows("Configuration keys", 3)], named)
+        self.assertEqual([word for row in rows("Configuration keys", 3) for word in words(row[0])], named)
+
+    def test_have_every_key_of_upstreams_and_clients(self):
+        text = section("Configuration keys")
+        upstreams = text[text.index("Each of `upstreams`") : text.index("Each of `clients`")]
+        self.assertEqual([word for word in words(upstreams) if word.isidentifier()][1:], list(broker.UPSTREAM_KEYS))
+        clients = [line for line in text[text.index("Each of `clients`") :].splitlines() if line.startswith("|`")]
+        self.assertEqual([word for line in clients for word in words(line.split("|")[1])], list(broker.CLIENT_KEYS))
 
     def test_have_every_secret_source_with_its_options(self):
         table = {words(kind)[0]: options for kind, options, _ in rows("Secret sources", 3)}
@@ -242,23 +428,29 @@ class Tables(BrokerTestCase):
                         self.assertIn(f"`{name}` ({default})", table[kind])
 
     def test_have_every_error_code_with_its_status_and_retry_hint(self):
-        table = {words(code)[0]: (int(status), retry) for status, code, _, _, retry in rows("Error codes", 5)}
-        wanted = {code: (status, "no" if final else "yes") for code, (status, final) in broker.ERRORS.items()}
-        self.assertEqual(table, wanted)
+        text = section("Error codes")
+        again = set(words(text[text.index("Asking again can help") : text.index("the others")]))
+        table = {words(code)[0]: (int(status), words(code)[0] not in again) for status, code, _ in rows("Error codes", 3)}
+        self.assertEqual(table, broker.ERRORS)
 
     def test_have_every_event_with_its_fields_and_every_field_with_its_meaning(self):
         table = {event: words(fields) for events, fields in rows("Event log", 2) for event in words(events)}
-        self.assertEqual(table, {event: list(fields) for event, fields in broker.EVENT_FIELDS.items()})
+        self.assertEqual({event: set(fields) for event, fields in table.items()}, broker.EVENT_FIELDS)
         text = section("Event log")
-        meanings = text[text.index("| field |") :]
+        meanings = text[text.index("|field|") :]
         explained = {word for line in meanings.splitlines() if line.startswith("|") for word in words(line.split("|")[1])}
         self.assertEqual(explained, {field for fields in broker.EVENT_FIELDS.values() for field in fields})
 
     def test_have_the_fields_that_the_log_itself_has(self):
         table = {event: set(words(fields)) for events, fields in rows("Event log", 2) for event in words(events)}
-        running = self.broker(dry_run=True)
+        own = {"allowed_paths": ["/v1/chat/completions"], "secret_source": {"kind": "none"}}
+        two = {"one": {**own, "base_url": "https://one.example"}}
+        two["two"] = {**own, "base_url": "https://two.example", "prefix": "/two"}
+        client = {"token_env": "BROKER_TEST_TOKEN", "allowed_models": ["m"]}
+        config = {key: ABSENT for key in ("upstream_base_url", "allowed_paths", "secret_source", "client_token_env")}
+        running = self.broker(dry_run=True, config={**config, "upstreams": two, "clients": {"me": client}})
         running.post_json("/v1/chat/completions", {"model": "m"})
-        running.request("GET", "/v1/nothing")
+        running.post_json("/v1/chat/completions", {"model": "dear"})
         for event in running.events():
             found = set(event) - {"time", "event"}
             self.assertEqual(found | {"suppressed"} if event["event"] == "denied" else found, table[event["event"]])
@@ -283,7 +475,7 @@ class Tables(BrokerTestCase):
         run_broker("--dry-run", config={}, env=before, command=[sys.executable, "-c", code], folder=folder)
         with open(os.path.join(folder, "seen.json"), encoding="utf-8") as file:
             seen = {name for name in json.load(file) if re.match("OPENAI|ANTHROPIC|AZURE|GOOGLE|GEMINI|BROKER_", name)}
-        table = {word for _, cell in rows("SDKs and agents under `--`", 2) for word in words(cell)} - {"claude"}
+        table = {word for _, cell in rows("Every day", 2) for word in words(cell)} - {"claude"}
         self.assertEqual(seen, table | {"BROKER_URL", "BROKER_CLIENT_TOKEN"})
 
 
@@ -311,7 +503,7 @@ class References(unittest.TestCase):
         names = names_of_tests()
         for name in re.findall(r"tests\.test_[\w.]*\w", README):
             self.assertIn(name, names)
-        files = set(re.findall(r"tests/(test_\w+\.py)", README))
+        files = set(re.findall(r"`(?:tests/)?(test_\w+\.py)`", README))
         self.assertEqual(files, {os.path.basename(path) for path in glob.glob(os.path.join(ROOT, "tests", "test_*.py"))})
 
     def test_to_files_sections_and_limits_of_length_are_right(self):
@@ -321,10 +513,10 @@ class References(unittest.TestCase):
         for anchor in re.findall(r"\]\(#([^)]+)\)", README):
             self.assertIn(anchor, anchors)
         lines = int(re.search(r"one file of about ([\d,]+) lines", README)[1].replace(",", ""))
-        self.assertAlmostEqual(lines, SOURCE.count("\n"), delta=lines * 0.05)
+        self.assertAlmostEqual(lines, SOURCE.count("\n"), delta=lines * 0.1)
 
     def test_to_names_in_the_source_are_right(self):
-        names = r"`([A-Z][A-Z_]+|Connection\.handle|parse_arguments|SecretUnavailable)`"
+        names = r"`([A-Z][A-Z_]+|Handler\.\w+|parse_arguments|SecretUnavailable)`"
         for name in re.findall(names, section("For developers")):
             if name != "BROKER_SLOW_TESTS":
                 self.assertRegex(SOURCE, rf"\b{name.rpartition('.')[2]}\b", name)
@@ -333,35 +525,80 @@ class References(unittest.TestCase):
         self.assertNotRegex(README, r"/(work|root|tmp|home)/")
 
 
+WORKFLOW = os.path.join(ROOT, ".github", "workflows", "tests.yml")
+
+
+class Project(unittest.TestCase):
+    def test_installs_the_command_that_the_page_names(self):
+        with open(os.path.join(ROOT, "pyproject.toml"), encoding="utf-8") as file:
+            command, function = re.search(r'(?m)^([\w-]+) = "broker:(\w+)"$', file.read()).groups()
+        self.assertTrue(callable(getattr(broker, function)))
+        self.assertIn(command, words(section("Command line")))
+
+    @unittest.skipUnless(os.path.exists(WORKFLOW), "only the repository has it")
+    def test_workflow_runs_the_two_commands(self):
+        with open(WORKFLOW, encoding="utf-8") as file:
+            workflow = file.read()
+        for command in blocks("sh")[0].splitlines():
+            self.assertIn(command, workflow)
+
+
 # ------------------------------------------------------------------------------------------------
 # The exercises
 
 
 def exercises():
-    """(line, replacement, test)"""
-    return [(words(line)[0], words(to)[0], words(test)[0]) for line, to, _, test in rows("Exercises: take a check out", 4)]
+    """(line, replacement, attack, test)"""
+    return [[words(cell)[0] for cell in row] for row in rows("Exercises: take a check out", 4)]
 
 
 def without(line, replacement):
-    """broker.py with one line of Connection.handle replaced."""
-    at = SOURCE.index("    async def handle(")
-    end = SOURCE.index("    async def ", at + 1)
+    """broker.py with a part of Handler.handle_one_request replaced."""
+    at = SOURCE.index("    def handle_one_request(")
+    end = SOURCE.index("    def ", at + 1)
     body = SOURCE[at:end]
-    assert body.count(line) == 1, f"Connection.handle does not have {line!r} once"
+    assert body.count(line) == 1, f"Handler.handle_one_request does not have {line!r} once"
     return SOURCE[:at] + body.replace(line, replacement) + SOURCE[end:]
 
 
-class Exercises(unittest.TestCase):
+@posix_only
+@needs_curl
+class Exercises(Reader):
     def test_name_lines_that_are_there(self):
         self.assertGreaterEqual(len(exercises()), 8)
-        for line, replacement, _ in exercises():
+        for line, replacement, _, _ in exercises():
             with self.subTest(line):
-                ast.parse(without(line, replacement))
+                without(line, replacement)
+
+    def test_attack_works_without_the_line_only(self):
+        self.prepare()
+        self.start(SOURCE)
+        for _, _, attack, _ in exercises():
+            if "STUDENT" in attack:         # their rate is narrow
+                self.start(SOURCE)
+            with self.subTest(attack):
+                self.assertIn('"type":"error"', self.do(attack))
+        for line, replacement, attack, _ in exercises():
+            self.start(without(line, replacement))
+            with self.subTest(line):
+                printed = self.do(attack)
+                self.assertNotIn('"type":"error"', printed)
+                self.assertTrue(printed)
+
+    def start(self, source):
+        """The broker of Step 4, with this as broker.py."""
+        script = os.path.join(self.folder(), "broker.py")
+        with open(script, "w", encoding="utf-8") as file:
+            file.write(source)
+        log = os.path.join(self.place, "class.jsonl")
+        if os.path.isdir(log):
+            os.rmdir(log)
+        self.serve(["--config", "class.json", "--dry-run"], script)
 
     @slow
     @linux_only
     def test_turn_red_what_they_name(self):
-        for line, replacement, test in exercises():
+        for line, replacement, _, test in exercises():
             with self.subTest(line):
                 self.assertEqual(self.outcome(SOURCE, test), 0)
                 self.assertEqual(self.outcome(without(line, replacement), test), 1)
@@ -370,7 +607,7 @@ class Exercises(unittest.TestCase):
         """The exit code of a test in a copy of all this."""
         with tempfile.TemporaryDirectory(prefix="broker-test-") as folder:
             shutil.copytree(os.path.join(ROOT, "tests"), os.path.join(folder, "tests"), ignore=shutil.ignore_patterns("node*"))
-            for path in glob.glob(os.path.join(ROOT, "broker_config*")):
+            for path in [*glob.glob(os.path.join(ROOT, "broker_config*")), os.path.join(ROOT, "README.md")]:
                 shutil.copy(path, folder)
             with open(os.path.join(folder, "broker.py"), "w", encoding="utf-8") as file:
                 file.write(source)
