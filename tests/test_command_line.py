@@ -17,6 +17,7 @@ from tests.support import (
     SECRET_VARIABLE,
     TOKEN_VARIABLE,
     BrokerTestCase,
+    Lifeline,
     canary,
     eventually,
     free_port,
@@ -186,6 +187,21 @@ class Check(BrokerTestCase):
                     self.assertTrue(any(word in line for line in warnings), (word, warnings))
                 self.assertEqual(bool(warnings), bool(words), warnings)
 
+    @posix_only
+    def test_ended_by_a_signal_says_so_by_its_exit_code(self):
+        # A vault that asks its person: Ctrl-C there is no "all is well" for a script.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number):
+                folder = self.folder()
+                program = make_executable(folder, "op", f"touch '{folder}/begun'; sleep 30\n")
+                config = {"secret_source": {"kind": "command", "argv": [program]}}
+                env = {SECRET_VARIABLE: ABSENT}
+                broker = self.broker(config=config, env=env, args=["--check"], wait_ready=False)
+                eventually(lambda: os.path.exists(os.path.join(folder, "begun")), what="the command")  # noqa: B023
+                broker.signal(number)
+                self.assertEqual(broker.wait(10), 128 + number)
+                self.assertEqual(broker.stderr_text(), "")
+
     def test_warns_about_a_configuration_in_a_git_work_tree(self):
         folder = self.folder()
         os.makedirs(os.path.join(folder, ".git"))
@@ -320,6 +336,59 @@ class Report(BrokerTestCase):
         self.assertEqual(run.returncode, 0, run.stderr)
         self.assertIn(3, self.numbers(self.row(run, CHAT, "gpt-real")))
         self.assertIn("path_not_allowed", run.stdout)
+
+    def test_has_no_cell_wider_than_60_characters(self):
+        long = "m" * 60_000
+        text = self.pair(1, model=long, path="/" + long, client=long)
+        text += self.line("denied", id="d", status=403, reason=long, method="GET", path="/v1/x")
+        run = self.report(text)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        for line in run.stdout.splitlines():
+            for cell in re.split(" {2,}", line):
+                self.assertLessEqual(len(cell), 60, cell[:100])
+        self.row(run, "m" * 59 + "\u2026", "10.0")
+
+    @posix_only
+    def test_of_a_fifo_is_refused(self):
+        # Opened, it would be waited for until somebody writes.
+        run = run_broker("--report", config={}, prepare=lambda run: os.mkfifo(run.log_path), timeout=10)
+        self.assertEqual((run.returncode, run.stdout), (1, ""))
+        self.assertEqual(run.stderr.count("\n"), 1, run.stderr)
+        self.assertIn("events.jsonl", run.stderr)
+
+    def test_for_programs_is_an_object_a_line(self):
+        text = "".join(self.pair(number, duration=number * 10, usage={"input_tokens": 3}) for number in range(1, 5))
+        text += self.pair(9, outcome="upstream_error", model="m" * 60_000)
+        for reason in ("path_not_allowed", "path_not_allowed", "budget_exhausted"):
+            fields = {"status": 403, "reason": reason, "method": "POST", "path": CHAT}
+            text += self.line("denied", id="d", client="default", **fields)
+
+        def prepare(run):
+            with open(run.log_path, "w", encoding="utf-8") as file:
+                file.write(text + "no line\n")
+
+        run = run_broker("--report", "--json", config={}, prepare=prepare)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        rows = {row["model"]: row for row in map(json.loads, run.stdout.splitlines())}
+        self.assertEqual(
+            rows["gpt-x"],
+            {
+                "day": "2026-01-02",
+                "client": "default",
+                "path": CHAT,
+                "model": "gpt-x",
+                "requests": 4,
+                "denied": {},
+                "errors": 0,
+                "p50_ms": 20,
+                "p95_ms": 40,
+                "input_tokens": 12,
+                "output_tokens": 0,
+            },
+        )
+        self.assertEqual([row["errors"] for row in rows.values() if row["model"] and row["model"][:1] == "m"], [1])
+        self.assertIn({"path_not_allowed": 2, "budget_exhausted": 1}, [row["denied"] for row in rows.values()])
+        self.assertIn("1 line", run.stderr)
 
     def test_without_a_log_ends_in_one_line(self):
         run = run_broker("--report", config={})
@@ -523,6 +592,15 @@ class CommandUnderUs(BrokerTestCase):
         run = self.run_command(["sh", "-c", "exit 5"], token=ABSENT)
         self.assertEqual((run.returncode, run.stdout, run.stderr), (5, "", ""))
 
+    def test_looks_at_no_token_of_the_shell(self):
+        # Whatever is left there from another day: this run has a token of its own.
+        for value in ("short", "", "with a blank in it", "x" * 40):
+            with self.subTest(value):
+                env = {"BROKER_CLIENT_TOKEN": value, TOKEN_VARIABLE: ABSENT}
+                found = self.environment(config={"client_token_env": "BROKER_CLIENT_TOKEN"}, env=env)
+                self.assertRegex(found["BROKER_CLIENT_TOKEN"], r"\A[A-Za-z0-9_-]{43,}\Z")
+        self.assertEqual(self.run_command(["sh", "-c", "exit 5"], token="short").returncode, 5)
+
     def test_keeps_a_no_proxy_that_means_everything(self):
         env = self.environment(env={"NO_PROXY": "*", "no_proxy": "*"})
         self.assertEqual((env["NO_PROXY"], env["no_proxy"]), ("*", "*"))
@@ -570,6 +648,30 @@ class CommandUnderUs(BrokerTestCase):
     def test_ends_us_at_once_whatever_its_children_still_do(self):
         script = "sleep 100 > /dev/null 2>&1 < /dev/null & exit 3"
         self.assertEqual(self.run_command(["sh", "-c", script], timeout=10).returncode, 3)
+
+    def test_takes_a_secret_command_that_still_runs_with_it(self):
+        folder, secret = self.folder(), canary()
+        lifeline = Lifeline(os.path.join(folder, "alive"))
+        self.addCleanup(lifeline.close)
+        script = f"""
+            cd '{folder}'
+            if [ ! -e second ]; then touch second; echo {secret}; exit; fi
+            exec 9>alive; echo >&9; touch begun
+            sleep 60 & wait
+        """
+        config = {"secret_source": {"kind": "command", "argv": [make_executable(folder, "op", script)], "cache_seconds": 0}}
+        code = f"""
+import os, socket, sys, time
+with socket.create_connection(("127.0.0.1", int(os.environ["BROKER_URL"].rpartition(":")[2]))) as sock:
+    token = os.environ["BROKER_CLIENT_TOKEN"]
+    sock.sendall(b"GET /v1/models HTTP/1.1\\r\\nHost: localhost\\r\\nX-Broker-Token: " + token.encode() + b"\\r\\n\\r\\n")
+    while not os.path.exists({os.path.join(folder, "begun")!r}):
+        time.sleep(0.01)
+    sys.exit(3)
+"""
+        run = self.run_command(python(code), config=config, secret=secret, env={SECRET_VARIABLE: ABSENT}, timeout=20)
+        self.assertEqual(run.returncode, 3, run.stderr)
+        eventually(lifeline.has_ended, 5, "the end of the secret command")
 
     def test_gets_its_arguments_as_they_are(self):
         words = ["a b", "", "--port", "--", "$HOME", "*"]
@@ -715,8 +817,8 @@ print(results)
 import os, re
 status = open("/proc/self/status").read()
 masks = {name: int(re.search(name + r":\\s+(\\w+)", status).group(1), 16) for name in ("SigBlk", "SigIgn")}
-# Python itself ignores SIGPIPE and SIGXFSZ.
-masks["SigIgn"] &= ~(1 << 12 | 1 << 24)
+# Python itself ignores SIGPIPE and SIGXFSZ; 32 and 33 are libc's own, which vfork leaves ignored in a child.
+masks["SigIgn"] &= ~(1 << 12 | 1 << 24 | 1 << 31 | 1 << 32)
 open_ones = []
 for name in os.listdir("/proc/self/fd"):
     try:
@@ -750,6 +852,30 @@ print(masks["SigBlk"], masks["SigIgn"], sorted(open_ones))
         self.assertIsNone(broker.process.poll())
         broker.signal(signal.SIGTERM)
         self.assertEqual(broker.wait(), 9)
+
+    def test_alone_decides_what_ctrl_backslash_does(self):
+        broker = self.started("trap 'echo caught' QUIT; trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done")
+        os.killpg(broker.pid, signal.SIGQUIT)
+        broker.wait_stdout("caught")
+        self.assertIsNone(broker.process.poll())
+        broker.signal(signal.SIGTERM)
+        self.assertEqual(broker.wait(), 9)
+
+    def test_that_dies_of_ctrl_backslash_gives_131(self):
+        broker = self.started("ulimit -c 0; echo ready; exec sleep 60")
+        os.killpg(broker.pid, signal.SIGQUIT)
+        self.assertEqual(broker.wait(), 128 + signal.SIGQUIT)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc here")
+    def test_goes_on_to_ignore_what_its_caller_ignored(self):
+        # `nohup broker … -- agent`: the agent is to outlive the window too.
+        command = ["grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"]
+        cases = {("HUP",): [signal.SIGHUP], ("INT", "QUIT"): [signal.SIGINT, signal.SIGQUIT], (): []}
+        for ignored, call in self.run_commands({case: {"command": command, "ignored": case} for case in cases}).items():
+            with self.subTest(ignored):
+                blocked, found = (int(line.split()[1], 16) for line in call().stdout.splitlines())
+                # 32 and 33 are libc's own.
+                self.assertEqual((blocked, found & ~(3 << 31)), (0, sum(1 << (number - 1) for number in cases[ignored])))
 
     def test_that_dies_of_ctrl_c_gives_130(self):
         broker = self.started("echo ready; exec sleep 60")

@@ -18,6 +18,7 @@ from tests.support import (
     canary,
     eventually,
     free_port,
+    fresh_token,
     make_config,
     make_executable,
     posix_only,
@@ -189,6 +190,11 @@ class WrongValue(FilesTestCase):
             ["GET /healthz"],
             ["HEAD /"],
             ["G(T /v1/models"],
+            ["/v1/**"],
+            ["GET /v1/**/models"],
+            ["/v1/a**b"],
+            ["/v1/*a*b*"],
+            ["/v1/*-*-*-*"],
             ["/v1/models", 5],
             ["/v1/models", "/v1//models"],
         )
@@ -323,6 +329,7 @@ class RightValue(FilesTestCase):
                 ["/v1/messages"],
                 ["GET /v1/models/*"],
                 ["/v1beta/models/*:generateContent"],
+                ["/v1/*-*/*.*"],
                 ["/openai/deployments/*/chat/completions"],
                 ["POST /v1/audio/transcriptions multipart/form-data"],
                 ["PATCH /v1/a", "DELETE /v1/a", "OPTIONS /v1/a"],
@@ -517,6 +524,62 @@ class TheToken(ConfigTestCase):
         self.assertIn("warning", run.stderr.lower() + run.stdout.lower())
 
 
+    def test_that_is_something_else_is_named_for_what_it_is_with_the_mend(self):
+        token = canary()
+        wrong = {
+            "in quotes": (f'"{token}"', "in quotes: take them off"),
+            "NAME=value": (f"BROKER_CLIENT_TOKEN={token}", "NAME=value: give the value alone"),
+            "a comma": (token + ",", "ends in a comma: take it off"),
+            "a byte-order mark": ("\ufeff" + token, "byte-order mark"),
+            "a carriage return": (token + "\r", "carriage return"),
+        }
+        for case, call in run_each({case: {"token": value} for case, (value, _) in wrong.items()}).items():
+            with self.subTest(case):
+                run = call()
+                self.assert_wrong(run, TOKEN_VARIABLE, wrong[case][1])
+                self.assertNotIn(token, run.stderr)
+
+    def test_in_a_dry_run_is_compared_with_no_secret_for_none_is_read(self):
+        # A workshop's shell may hold the caller token as OPENAI_API_KEY, for the agent that is started there.
+        token = fresh_token()
+        runs = {
+            "the same": {"secret": token},
+            "no key": {"secret": "short"},
+            "none": {"secret": ABSENT},
+        }
+        calls = run_each({case: {"args": ["--check", "--dry-run"], "token": token, **more} for case, more in runs.items()})
+        for case, call in calls.items():
+            with self.subTest(case):
+                self.assertEqual(call().returncode, 0, call().stderr)
+        broker = self.broker(dry_run=True, secret=token, token=token)
+        self.assertEqual(broker.post_json("/v1/chat/completions", {"model": "m"}).status, 200)
+
+
+class TheProxy(ConfigTestCase):
+    """What HTTPS_PROXY says counts for an upstream that is not of this machine."""
+
+    def test_that_cannot_be_used_is_a_configuration_error(self):
+        config = {"upstream_base_url": "https://192.0.2.1", "secret_source": {"kind": "none"}}
+        cases = {
+            # urllib would speak to it in plain text.
+            "TLS": "https://proxy.example:3128",
+            "SOCKS": "socks5://proxy.example:1080",
+            "a password that is no UTF-8": "http://user:%FF%FE@proxy.example:3128",
+            "a password of other bytes": "http://user:\udcff\udcfe@proxy.example:3128",
+            "no port": "http://proxy.example:port",
+            "no host": "http://:3128",
+            "another header": "http://proxy.example%0d%0aX:3128",
+        }
+        keywords = {case: {"config": config, "env": {"HTTPS_PROXY": url}} for case, url in cases.items()}
+        for case, call in run_each(keywords).items():
+            with self.subTest(case):
+                run = call()
+                self.assertEqual((run.returncode, run.stderr.count("\n")), (2, 1), run.stderr)
+                self.assertIn("HTTPS_PROXY", run.stderr)
+                self.assertIn("http://[user:password@]host[:port]", run.stderr)
+                self.assertTrue(run.stderr.strip().isprintable())
+
+
 class TheSecret(ConfigTestCase):
     def test_must_be_there_and_of_16_to_4096_visible_characters(self):
         cases = {
@@ -592,6 +655,62 @@ class WhoMayWriteTheFiles(ConfigTestCase):
         os.chmod(script, 0o644)
         os.chmod(folder, 0o777)
         self.assertEqual(self.run_with(script=script).returncode, 2)
+
+    def open_places(self):
+        """{case: (configuration to name, folder that others may write)}: each is one on the way to a file that is closed."""
+        places = {}
+        for case in ("the folder of a link", "the folder of a link to its folder", "a folder above", "two folders above"):
+            root = self.folder()
+            for name in ("open", "closed", "open/above", "open/above/own"):
+                os.mkdir(os.path.join(root, name), 0o700)
+            places[case] = root, os.path.join(root, "open")
+        for case, (root, folder) in places.items():
+            link = os.path.join(root, "open", "link")
+            if case == "the folder of a link":
+                os.symlink(os.path.join(root, "closed", "broker_config.json"), link)
+                places[case] = "closed", link, folder
+            elif case == "the folder of a link to its folder":
+                os.symlink(os.path.join(root, "closed"), link)
+                places[case] = "closed", os.path.join(link, "broker_config.json"), folder
+            elif case == "a folder above":
+                places[case] = "open/above", os.path.join(root, "open", "above", "broker_config.json"), folder
+            else:
+                places[case] = "open/above/own", os.path.join(root, "open", "above", "own", "broker_config.json"), folder
+            with open(os.path.join(root, places[case][0], "broker_config.json"), "w", encoding="utf-8") as file:
+                json.dump(make_config(NOBODY, {}), file)
+            os.chmod(file.name, 0o600)
+            places[case] = places[case][1:]
+        return places
+
+    def test_a_folder_anywhere_on_the_way_that_the_world_may_write_is_refused(self):
+        # Attack: who may write it puts another link, or another folder, in the place of ours.
+        places = self.open_places()
+        runs = {case: {"config": None, "args": ["--check", "--config", path]} for case, (path, _) in places.items()}
+        for mode, code in {0o700: 0, 0o777: 2, 0o1777: 0}.items():
+            for _, folder in places.values():
+                os.chmod(folder, mode)
+            for case, call in run_each(runs).items():
+                with self.subTest(case, mode=oct(mode)):
+                    run = call()
+                    self.assertEqual(run.returncode, code, run.stderr)
+                    if code:
+                        self.assertEqual(run.stderr.count("\n"), 1)
+                        self.assertIn(f"chmod o-w {places[case][1]}", run.stderr)
+                        self.assertIn("move the files", run.stderr)
+
+    def test_a_folder_on_the_way_that_was_opened_meanwhile_stops_a_reload(self):
+        places = self.open_places()
+        arguments = {"use_config": False, "args": ["--config"]}
+        brokers = self.brokers({case: {**arguments, "args": ["--config", path]} for case, (path, _) in places.items()})
+        for case, broker in brokers.items():
+            with self.subTest(case):
+                folder = places[case][1]
+                os.chmod(folder, 0o777)
+                said = broker.reload()
+                self.assertIn("nothing was changed", said)
+                self.assertIn(f"chmod o-w {folder}", said)
+                os.chmod(folder, 0o700)
+                self.assertNotIn("nothing was changed", broker.reload())
 
     def test_a_group_of_strangers_is_warned_about(self):
         quiet = self.run_with()

@@ -37,6 +37,8 @@ FIELDS = {
     "request": {"id", "client", "method", "path", "mode", "model", "stream", "request_bytes"},
     "response": {
         "id",
+        "client",
+        "model",
         "status",
         "outcome",
         "response_bytes",
@@ -46,7 +48,7 @@ FIELDS = {
         "upstream_request_id",
         "attempt",
     },
-    "denied": {"id", "status", "reason", "method", "path"},
+    "denied": {"id", "client", "status", "reason", "method", "path"},
 }
 
 
@@ -110,7 +112,9 @@ class EveryLine(EventLogTestCase):
         self.assertEqual({event["event"] for event in events}, set(FIELDS) - ({"reload"} if os.name != "posix" else set()))
         for event in events:
             with self.subTest(event["event"]):
-                self.assertEqual(set(event), COMMON | FIELDS[event["event"]])
+                # A stranger has no name.
+                unnamed = {"client"} if event.get("reason") == "client_token_required" else set()
+                self.assertEqual(set(event), (COMMON | FIELDS[event["event"]]) - unnamed)
 
     def test_has_its_time_in_utc_with_milliseconds(self):
         before = datetime.now(timezone.utc) - timedelta(seconds=1)
@@ -294,7 +298,7 @@ USAGE = {
         ],
         (9, 12),
     ),
-    "OpenAI responses": ("/v1/responses", {"object": "response", "usage": RESPONSES_USAGE}, (36, 87)),
+    "OpenAI responses": ("/v1/responses", {"object": "response", "usage": RESPONSES_USAGE}, (36, 87, 7)),
     "OpenAI responses, streamed": (
         "/v1/responses",
         [
@@ -302,7 +306,7 @@ USAGE = {
             ("response.output_text.delta", {"type": "response.output_text.delta", "delta": "usage"}),
             ("response.completed", {"type": "response.completed", "response": {"usage": RESPONSES_USAGE}}),
         ],
-        (36, 87),
+        (36, 87, 7),
     ),
     "OpenAI embeddings": ("/v1/embeddings", {"data": [], "usage": {"prompt_tokens": 8, "total_tokens": 8}}, (8, None)),
     "Anthropic": (
@@ -319,7 +323,7 @@ USAGE = {
             ("message_delta", ANTHROPIC_END),
             ("message_stop", {"type": "message_stop"}),
         ],
-        (25, 15),
+        (28, 15, 3),
     ),
     "Azure OpenAI": (
         "/openai/deployments/d/chat/completions",
@@ -340,6 +344,46 @@ USAGE = {
     ),
     "Anthropic, with more behind it": ("/v1/messages", {"usage": {"input_tokens": 7, "output_tokens": 8}, "x": [{}]}, (7, 8)),
     "none, streamed": (CHAT, [(None, openai_chunk()), (None, "[DONE]")], None),
+    # One prompt of 51,204 tokens, of which 51,200 came from a cache: the same for all who tell it.
+    "OpenAI chat, cached": (
+        CHAT,
+        {"usage": {"prompt_tokens": 51204, "completion_tokens": 9, "prompt_tokens_details": {"cached_tokens": 51200}}},
+        (51204, 9, 51200),
+    ),
+    "Anthropic, cached": (
+        "/v1/messages",
+        {"usage": {"input_tokens": 4, "cache_read_input_tokens": 51200, "cache_creation_input_tokens": 0, "output_tokens": 9}},
+        (51204, 9, 51200),
+    ),
+    "Gemini, cached": (
+        "/v1beta/models/g:generateContent",
+        {"usageMetadata": {"promptTokenCount": 51204, "cachedContentTokenCount": 51200, "candidatesTokenCount": 9}},
+        (51204, 9, 51200),
+    ),
+    "Anthropic, written to a cache": (
+        "/v1/messages",
+        {"usage": {"input_tokens": 4, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 100, "output_tokens": 9}},
+        (104, 9, 0),
+    ),
+    "Gemini, with thoughts": (
+        "/v1beta/models/g:generateContent",
+        {"usageMetadata": {"promptTokenCount": 7, "candidatesTokenCount": 150, "thoughtsTokenCount": 8000}},
+        (7, 8150),
+    ),
+    "in a choice, streamed": (
+        CHAT,
+        [(None, openai_chunk(choices=[{"delta": {}, "usage": {"prompt_tokens": 5, "completion_tokens": 6}}]))],
+        (5, 6),
+    ),
+    "in x_groq, streamed": (CHAT, [(None, openai_chunk(x_groq={"usage": {"prompt_tokens": 5, "completion_tokens": 6}}))], (5, 6)),
+    "Anthropic, told again with zeros": (
+        "/v1/messages",
+        [
+            ("message_start", {"type": "message_start", "message": {"usage": {"input_tokens": 15, "output_tokens": 1}}}),
+            ("message_delta", {"type": "message_delta", "usage": {"input_tokens": 0, "output_tokens": 6}}),
+        ],
+        (15, 6),
+    ),
 }
 
 
@@ -354,8 +398,9 @@ class Usage(EventLogTestCase):
         if wanted is None:
             self.assertIsNone(usage)
         else:
-            self.assertEqual((usage.get("input_tokens"), usage.get("output_tokens")), wanted)
-            self.assertEqual(set(usage) - {"input_tokens", "output_tokens"}, set())
+            found = tuple(map(usage.get, ("input_tokens", "output_tokens", "cache_tokens")))
+            self.assertEqual(found, (*wanted, None)[:3])
+            self.assertEqual(set(usage) - {"input_tokens", "output_tokens", "cache_tokens"}, set())
 
     def test_is_what_each_provider_reports(self):
         for case, (path, answer, wanted) in USAGE.items():
@@ -378,6 +423,55 @@ class Usage(EventLogTestCase):
                         text += f"data: {data}{line_end}{line_end}"
                     usage = self.usage_of(path, streamed(text.encode(), size))
                     self.assert_usage(usage, wanted)
+
+    def test_is_found_wherever_chance_cuts_the_answer(self):
+        random = seeded("usage")
+        for case, (path, answer, wanted) in USAGE.items():
+            events = answer if isinstance(answer, list) else [(None, answer)]
+            data = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for _, event in events if event != "[DONE]")
+            for turn in range(4):
+                with self.subTest(case, turn=turn):
+                    cuts = sorted(random.sample(range(1, len(data)), min(len(data) - 1, 1 << turn)))
+                    pieces = [data[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(data)])]
+
+                    def in_pieces(conn, request, pieces=pieces):
+                        conn.start_stream()
+                        for piece in pieces:
+                            conn.chunk(piece)
+                        conn.end()
+
+                    self.assert_usage(self.usage_of(path, in_pieces), wanted)
+
+    def test_is_found_where_nobody_says_what_the_answer_is(self):
+        event = b'data: {"usage": {"prompt_tokens": 9, "completion_tokens": 12}}'
+        bodies = {
+            "without a line end": event,
+            "with one": event + b"\n",
+            "behind a byte-order mark": b"\xef\xbb\xbf" + event + b"\n\n",
+            "JSON behind one": b"\xef\xbb\xbf" + event[6:],
+            "JSON lines": b'{"choices": []}\n' + event[6:],
+        }
+        for case, body in bodies.items():
+            for headers in ([], [("Content-Type", "text/plain")], [("Content-Type", "text/event-stream")]):
+                with self.subTest(case, headers=headers):
+                    usage = self.usage_of(CHAT, lambda conn, request: conn.respond(200, headers, body))  # noqa: B023
+                    self.assert_usage(usage, (9, 12))
+
+    def test_is_found_at_the_end_of_an_answer_of_any_size(self):
+        usage = b'"usage": {"prompt_tokens": 8, "total_tokens": 8}}'
+        numbers = b", ".join([b"0.0123456789"] * 150_000)
+        text = b'"' + b"usage {" * 300_000 + b'"'
+        for body in (b'{"data": [{"embedding": [' + numbers + b"]}], " + usage, b'{"data": ' + text + b", " + usage):
+            with self.subTest(body[:30]):
+                self.assertGreater(len(body), 1_900_000)
+                headers = [("Content-Type", "application/json")]
+                found = self.usage_of("/v1/embeddings", lambda conn, request: conn.respond(200, headers, body))  # noqa: B023
+                self.assert_usage(found, (8, None))
+
+    def test_is_found_in_an_event_of_any_size(self):
+        response = {"output": ["x" * 500_000], "usage": RESPONSES_USAGE}
+        event = b"data: " + json.dumps({"type": "response.completed", "response": response}).encode() + b"\n\n"
+        self.assert_usage(self.usage_of("/v1/responses", streamed(event, 16384)), (36, 87, 7))
 
     def test_is_found_in_a_list_of_gemini_answers(self):
         pieces = [gemini("a", promptTokenCount=4, candidatesTokenCount=1), gemini("b", **GEMINI_USAGE)]
@@ -416,12 +510,12 @@ class Usage(EventLogTestCase):
             caller.read_chunk()
         line = self.lines_of(head)["response"]
         self.assertEqual(line["outcome"], "client_disconnected")
-        self.assertEqual(line["usage"]["input_tokens"], 25)
+        self.assertEqual(line["usage"]["input_tokens"], 28)
 
 
 def streamed(data, size=None, content_type="text/event-stream"):
     """A handler that sends this in chunks of `size` bytes, or event by event."""
-    pieces = [data[at : at + size] for at in range(0, len(data), size)] if size else re.findall(rb"(?s).+?\n\r?\n", data)
+    pieces = [data[at : at + size] for at in range(0, len(data), size)] if size else re.findall(rb"(?s).+?(?:\n\r?\n|\Z)", data)
 
     def handler(conn, request):
         conn.start_stream(content_type)
@@ -506,6 +600,31 @@ class Outcome(EventLogTestCase):
         self.assertEqual((line["status"], line["outcome"]), (502, "upstream_unreachable"))
 
 
+    def test_of_a_stream_that_began_well_and_tells_an_error_is_one(self):
+        begin = b'data: {"choices": [{"delta": {"content": "error"}}]}\n\n'
+        error = {"error": {"message": "overloaded", "type": "server_error"}}
+        streams = {
+            "OpenAI": begin + b"data: " + json.dumps(error).encode() + b"\n\n",
+            "OpenAI, responses": b'event: response.failed\ndata: {"type": "response.failed", "response": {}}\n\n',
+            "Anthropic": b'event: error\ndata: {"type": "error", "error": {"type": "overloaded_error"}}\n\n',
+            "only by its name": begin + b'event: error\ndata: {"message": "x"}\n\n',
+            "bare, between events": begin + json.dumps(error).encode() + b"\n",
+        }
+        harmless = {
+            "null": b'data: {"choices": [], "error": null}\n\n',
+            "in what the model wrote": b'data: {"choices": [{"delta": {"content": "event: error\\n\\n{\\"error\\": 1}"}}]}\n\n',
+        }
+        for wanted, cases in {"upstream_error": streams, "ok": harmless}.items():
+            for case, data in cases.items():
+                for size in (None, 5):
+                    with self.subTest(case, size=size):
+                        self.upstream.script(streamed(data, size))
+                        answer = self.served.post_json(CHAT, {"model": "m", "stream": True})
+                        self.assertEqual((answer.status, answer.body), (200, data))
+                        line = self.lines_of(answer)["response"]
+                        self.assertEqual((line["status"], line["outcome"]), (200, wanted))
+
+
 class OutcomeOfADryRun(EventLogTestCase):
     dry_run = True
 
@@ -546,6 +665,23 @@ class DeniedLine(EventLogTestCase):
                 line = self.lines_of(answer)["denied"]
                 self.assertEqual((line["status"], line["reason"]), (400, "bad_request"))
 
+    def test_of_a_refused_head_says_what_could_be_read_of_it(self):
+        path = "/v1/" + "x" * 3000
+        heads = {
+            f"GET {path}": ("GET", path[:256]),
+            f"POST {path}?key=hidden-in-the-query": ("POST", path[:256]),
+            "PATCH /v1//models": ("PATCH", "/v1//models"),
+            "GET /v1/models;x": ("GET", "/v1/models;x"),
+        }
+        for line, wanted in heads.items():
+            with self.subTest(line[:40]):
+                data = f"{line} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+                answer = self.served.raw_answers(data)[0]
+                self.assert_refused(answer, 400, "bad_request")
+                denied = self.lines_of(answer)["denied"]
+                self.assertEqual((denied["method"], denied["path"]), wanted)
+        self.assertNotIn(b"hidden-in-the-query", self.raw_log())
+
     def test_is_not_written_for_the_health_check_or_a_caller_who_says_nothing(self):
         before = self.raw_log()
         self.served.request("GET", "/healthz", token=False)
@@ -568,7 +704,7 @@ class Strangers(EventLogTestCase):
             broker.request("GET", "/v1/models", headers={"Host": "evil.example"}, token=False)
         for _ in range(3):
             broker.request("GET", "/v1/models", headers={"Origin": "http://evil.example"}, token=False)
-        # Whoever has the token is not a stranger: each of its refusals is written.
+        # An agent with a token can't do so either, and is counted for itself.
         for _ in range(30):
             broker.request("GET", "/v1/unknown")
         written = [event["reason"] for event in broker.events() if event["event"] == "denied"]
@@ -577,14 +713,15 @@ class Strangers(EventLogTestCase):
             "client_token_required": 20,
             "host_not_allowed": 20,
             "browser_not_allowed": 3,
-            "path_not_allowed": 30,
+            "path_not_allowed": 20,
         }
         self.assertEqual(counts, wanted)
         self.assertFalse([event for event in broker.events() if "suppressed" in event])
         broker.signal(signal.SIGTERM)
         broker.wait()
-        counts = {event["reason"]: event["suppressed"] for event in broker.events() if "suppressed" in event}
-        self.assertEqual(counts, {"client_token_required": 10, "host_not_allowed": 5})
+        counts = {(event.get("client"), event["reason"]): event["suppressed"] for event in broker.events("denied")[-3:]}
+        wanted = {(None, "client_token_required"): 10, (None, "host_not_allowed"): 5, ("default", "path_not_allowed"): 10}
+        self.assertEqual(counts, wanted)
         self.assertEqual(broker.events()[-1]["event"], "stop")
 
     @slow
@@ -754,6 +891,8 @@ class File(EventLogTestCase):
                 self.assertEqual(run.returncode, 1, run.stderr)
                 self.assertIn("events.jsonl", run.stderr)
                 self.assertEqual(run.stderr.count("\n"), 1, run.stderr)
+                if case.startswith("a link"):
+                    self.assertRegex(run.stderr, "is a link.*name the file itself|is a link.*remove it")
         with open(victim, encoding="ascii") as file:
             self.assertEqual(file.read(), "precious\n")
         self.assertFalse(os.path.exists(victim + ".new"))

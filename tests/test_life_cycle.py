@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -14,6 +16,7 @@ import unittest
 
 from tests.support import (
     ABSENT,
+    BROKER,
     SECRET_VARIABLE,
     TOKEN_VARIABLE,
     BrokerTestCase,
@@ -171,6 +174,10 @@ class Warnings(BrokerTestCase):
         "DELETE /v1/models/a",
         "GET /v1/responses/*",
         "/v1/*",
+        # They reach files, and fine_tuning too.
+        "/v1/*s",
+        "/v1/fi*",
+        "GET /v1/*es/a",
     ]
     NARROW = [CHAT, "GET /v1/models", "/openai/deployments/*/chat/completions", "/v1/messages", "/v1/filesystem"]
 
@@ -214,6 +221,29 @@ class Warnings(BrokerTestCase):
         for rule in self.NARROW:
             with self.subTest(rule):
                 self.assertNotIn(rule, warnings)
+
+    def test_tell_of_a_path_that_would_be_there_twice(self):
+        # The provider would answer 404, and the agent would say nothing more than that.
+        source = {"kind": "none"}
+        base = "http://127.0.0.1:9"
+        cases = {
+            (base + "/v1", CHAT): True,
+            (base + "/api/v1", "GET /v1/models"): True,
+            (base + "/v1", "/chat/completions"): False,
+            (base + "/openai", CHAT): False,
+        }
+        runs = {
+            (url, path): {
+                "args": ["--check"],
+                "config": {"upstream_base_url": url, "allowed_paths": [path], "secret_source": source},
+            }
+            for url, path in cases
+        }
+        for case, call in run_each(runs).items():
+            with self.subTest(case):
+                self.assertEqual(call().returncode, 0, call().stderr)
+                warnings = warnings_of(call().stdout + call().stderr)
+                self.assertEqual(["twice" in line and case[0] in line for line in warnings], [True] * cases[case])
 
     def test_are_of_no_use_in_a_dry_run(self):
         config = {"allowed_paths": self.WIDE, "allowed_hosts": ["127.0.0.1", "host.docker.internal"]}
@@ -356,22 +386,26 @@ class Stop(BrokerTestCase):
 
     def test_of_a_broker_that_has_not_begun_to_serve_is_one_too(self):
         # The vault asks its person, who thinks better of it.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, "the window closes"):
             with self.subTest(number):
                 folder = self.folder()
                 lifeline = Lifeline(os.path.join(folder, "alive"))
                 self.addCleanup(lifeline.close)
                 program = make_executable(folder, "op", f"exec 9>'{lifeline.path}'; echo >&9; sleep 30 & wait")
                 config = {"secret_source": {"kind": "command", "argv": [program]}}
-                broker = self.broker(config=config, wait_ready=False)
+                broker, window = self.on_a_terminal(config=config, wait_ready=False)
                 eventually(lifeline.has_begun, what="the command")
-                broker.signal(number)
+                if isinstance(number, str):
+                    number = signal.SIGHUP
+                    window.close()
+                else:
+                    broker.signal(number)
                 self.assertIn(broker.wait(10), (0, 128 + number))
                 eventually(lifeline.has_ended, 5, "the end of the command")
                 self.assertEqual(broker.stderr_text(), "")
 
     def test_ends_a_secret_command_with_its_children(self):
-        for case, signals in {"when its caller has left": 1, "at the second signal": 2}.items():
+        for case, signals in {"when its caller has left": 1, "at the second signal": 2, "at Ctrl-\\": 0}.items():
             with self.subTest(case):
                 folder, secret = self.folder(), canary()
                 lifeline = Lifeline(os.path.join(folder, "alive"))
@@ -396,19 +430,92 @@ class Stop(BrokerTestCase):
                         self.assertIsNone(broker.process.poll())
                         broker.signal(signal.SIGTERM)
                         broker.wait(10)
+                if signals == 0:
+                    broker.signal(signal.SIGQUIT)
+                    self.assertEqual(broker.wait(10), 128 + signal.SIGQUIT)
                 if signals == 1:
                     broker.wait_event(event="response")
                     broker.signal(signal.SIGTERM)
                     self.assertEqual(broker.wait(10), 0)
                 eventually(lifeline.has_ended, 5, "the end of the command")
 
-    def test_of_a_terminal_that_closes_is_no_reason_to_stop(self):
-        # SIGHUP means reload.
+    def on_a_terminal(self, **keywords):
+        """A broker that a shell in a window started, and the window's end of that terminal."""
+        import fcntl
+        import pty
+        import termios
+
+        window, terminal = pty.openpty()
+        window = open(window, "rb", buffering=0)
+        self.addCleanup(window.close)
+
+        def take_it():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        try:
+            return self.broker(stdin=terminal, preexec_fn=take_it, **keywords), window
+        finally:
+            os.close(terminal)
+
+    def test_is_what_a_terminal_window_that_closes_means(self):
+        release = threading.Event()
+
+        def hold(conn, request):
+            conn.hold(release)
+            conn.respond_json({"held": True})
+
+        stub = self.stub(hold)
+        broker, window = self.on_a_terminal(upstream=stub)
+        # While the window is open SIGHUP means what it always does.
+        broker.signal(signal.SIGHUP)
+        broker.wait_event(event="reload")
+        with broker.connect() as caller:
+            caller.send(broker.head("GET", "/v1/models"))
+            stub.wait_for_requests(1)
+            window.close()
+            wait_until_stopping(broker)
+            release.set()
+            self.assertEqual(caller.read_answer().json(), {"held": True})
+        self.assertEqual(broker.wait(), 0)
+        self.assertEqual(broker.events()[-1]["event"], "stop")
+
+    def test_is_not_what_it_means_under_nohup(self):
+        broker, window = self.on_a_terminal(dry_run=True, ignored=("HUP",))
+        window.close()
+        broker.wait_event(event="reload")
+        broker.signal(signal.SIGHUP)
+        broker.wait_event(event="reload", count=2)
+        self.assertEqual(broker.post_json(CHAT, {"model": "m"}).status, 200)
+
+    def test_is_not_what_sighup_means_without_a_terminal(self):
+        # As systemd sends it.
         broker = self.broker(dry_run=True)
         broker.signal(signal.SIGHUP)
         broker.wait_event(event="reload")
         self.assertEqual(broker.request("GET", "/healthz").status, 200)
         self.assertIsNone(broker.process.poll())
+
+    def test_is_not_what_sighup_means_before_it_serves_either(self):
+        # As systemd sends it while the vault still asks its person: the reload comes after.
+        folder, secret = self.folder(), canary()
+        script = f"cd '{folder}'; touch begun; while [ ! -e go ]; do sleep 0.01; done; echo {secret}\n"
+        program = make_executable(folder, "op", script)
+        source = {"kind": "command", "argv": [program]}
+        broker = self.broker(config={"secret_source": source}, secret=secret, env={SECRET_VARIABLE: ABSENT}, wait_ready=False)
+        eventually(lambda: os.path.exists(os.path.join(folder, "begun")), what="the command")
+        broker.signal(signal.SIGHUP)
+        open(os.path.join(folder, "go"), "w").close()
+        broker.wait_ready()
+        broker.wait_event(event="reload")
+        self.assertEqual(broker.request("GET", "/healthz").status, 200)
+
+    def test_under_a_command_is_what_a_terminal_window_that_closes_means(self):
+        # The shell's SIGHUP goes to us; the command, which ignores its own, gets SIGTERM from us.
+        script = "trap '' HUP; trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done"
+        broker, window = self.on_a_terminal(command=["sh", "-c", script])
+        broker.wait_stdout("ready", 20)
+        window.close()
+        self.assertEqual(broker.wait(), 9)
 
     @linux_only
     def test_leaves_nothing_running(self):
@@ -567,13 +674,7 @@ class Reload(BrokerTestCase):
 
     def test_reports_what_waits_for_a_restart(self):
         config = self.served.config
-        changes = {
-            "listen_port": 18791,
-            "upstream_base_url": self.other_upstream.url,
-            "secret_source": {"kind": "none"},
-            "auth_header": "x-api-key",
-            "event_log": "elsewhere.jsonl",
-        }
+        changes = {"listen_port": 18791, "mode": "dry_run", "event_log": "elsewhere.jsonl"}
         for key, value in changes.items():
             with self.subTest(key):
                 self.served.write_config({**config, key: value})
@@ -583,10 +684,28 @@ class Reload(BrokerTestCase):
         self.served.write_config({**config, **changes, "max_request_bytes": 10})
         self.assert_reported(changes, self.reload(), [*changes, "max_request_bytes"])
         self.assert_refused(self.served.post_json(CHAT, {"model": "too long"}), 413, "request_too_large")
-        self.assertEqual(self.other_upstream.connections, 0)
         self.assertEqual(os.listdir(self.served.folder).count("elsewhere.jsonl"), 0)
         self.served.write_config(config)
         self.assert_reported([], self.reload(), changes)
+
+    def test_takes_the_upstream_and_how_the_secret_is_had_and_attached_at_once(self):
+        source = {"kind": "command", "argv": [self.program, self.value + "2"], "cache_seconds": 0}
+        with open(self.value + "2", "w", encoding="ascii") as file:
+            file.write(new := canary())
+        self.served.also_secret(new)
+        changes = {"upstream_base_url": self.other_upstream.url, "secret_source": source, "auth_header": "x-api-key"}
+        self.served.write_config({**self.served.config, **changes, "auth_scheme": ""})
+        start = self.reload()
+        self.assert_reported([], start, changes)
+        self.assertEqual(self.served.post_json(CHAT, {"model": "m"}).status, 200)
+        request = self.other_upstream.requests[-1]
+        self.assertEqual((request.header("x-api-key"), request.header("Authorization")), (new, None))
+        self.assertEqual(self.upstream.requests, [])
+        # The secret that is no longer in use stays one.
+        self.assert_refused(self.served.post_json(CHAT, {"m": self.served.secret}), 403, "secret_in_request")
+        self.mend()
+        self.reload()
+        self.assert_as_before(CHAT)
 
     def test_of_the_same_thing_written_differently_is_no_change(self):
         self.mend()
@@ -596,6 +715,18 @@ class Reload(BrokerTestCase):
         mixed = dict(reversed(list({**config, "secret_source": source}.items())))
         self.served.write_config(json.dumps(mixed, indent=7))
         self.assert_reported([], self.reload(), config)
+
+    def test_while_the_broker_itself_is_being_replaced_changes_nothing(self):
+        # An update takes the file away and puts the new one there a moment later.
+        folder = self.folder()
+        script = shutil.copy(BROKER, folder)
+        broker = self.broker(script=script)
+        os.rename(script, script + ".new")
+        said = broker.reload()
+        self.assertIn("nothing was changed", said)
+        self.assertIn(script, said)
+        os.rename(script + ".new", script)
+        self.assertIn("reloaded", broker.reload())
 
     def test_reopens_the_log(self):
         moved = self.served.log_path + ".1"
@@ -656,8 +787,6 @@ print(ask(), flush=True)
 input()
 print(ask(), flush=True)
 """
-        import subprocess
-
         broker = self.broker(self.stub(), command=[sys.executable, "-c", code], stdin=subprocess.PIPE)
         broker.wait_stdout("200\n", 20)
         broker.signal(signal.SIGHUP)
@@ -666,6 +795,88 @@ print(ask(), flush=True)
         broker.process.stdin.close()
         self.assertEqual(broker.wait(), 0)
         self.assertEqual(broker.stdout_text(), "200\n200\n")
+
+
+@posix_only
+class Silence(BrokerTestCase):
+    """With all of Python's warnings on, nothing is said of what was left open."""
+
+    def test_at_the_end_whatever_was_open(self):
+        arguments = ["-X", "dev", "-W", "error"]
+        stub, more = self.stub(), threading.Event()
+        broker = self.broker(stub, python_args=arguments)
+        text = line_end_of_ready(broker)
+
+        def stream(conn, request):
+            conn.start_stream()
+            conn.chunk(b"data: 1\n\n")
+            more.set()
+            conn.wait_gone()
+
+        with broker.connect() as idle, broker.connect() as half, broker.connect() as leaver, broker.connect() as reader:
+            # A kept connection on either side, half a head, a caller who leaves, a reload, a stream that is cut.
+            idle.send(broker.head("GET", "/v1/models"))
+            self.assertEqual(idle.read_answer().status, 200)
+            half.send(b"GET /v1/models HTTP/1.1\r\n")
+            stub.script(stream)
+            leaver.send(broker.post_bytes(CHAT, {"stream": True}))
+            leaver.read_head()
+            leaver.close()
+            broker.wait_event(event="response", outcome="client_disconnected")
+            broker.reload()
+            reader.send(broker.post_bytes(CHAT, {"stream": True}))
+            reader.read_head()
+            broker.signal(signal.SIGTERM)
+            wait_until_stopping(broker)
+            reader.reset()
+            self.assertEqual(broker.wait(), 0)
+        said = broker.stderr_text()[len(text) :]
+        self.assertNotRegex(said, "(?i)warning|exception|error|unclosed")
+
+    def test_of_short_calls_and_of_a_command(self):
+        python = [sys.executable, "-X", "dev", "-W", "error", BROKER]
+        folder, stub = self.folder(), self.stub(tls=True)
+        broker = self.broker(stub, folder=folder)
+        broker.post_json(CHAT, {"model": "m"})
+        code = "import os, urllib.request as u; print(u.urlopen(os.environ['BROKER_URL'] + '/healthz').status)"
+        calls = {
+            "--check": (["--check"], 0),
+            "--report": (["--report"], 0),
+            "a command": (["--", sys.executable, "-c", code], 0),
+            "no command": (["--", "no-such-program-anywhere"], 127),
+            "a port that is taken": (["--port", str(broker.port)], 1),
+        }
+        for case, (arguments, code) in calls.items():
+            with self.subTest(case):
+                argv = [*python, "--config", broker.config_path, *arguments]
+                run = subprocess.run(argv, env=broker.env, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+                self.assertEqual(run.returncode, code, run.stderr)
+                self.assertNotRegex(run.stderr, b"(?i)Warning:|exception|unclosed")
+
+
+@linux_only
+class Descriptors(BrokerTestCase):
+    def test_that_strangers_use_up_are_taken_back_from_the_longest_idle(self):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if 0 <= hard < 256:
+            self.skipTest("this system has fewer than 256 of them")
+        stub = self.stub()
+        limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))  # noqa: E731
+        broker = self.broker(stub, preexec_fn=limit)
+        with contextlib.ExitStack() as opened:
+            strangers = [opened.enter_context(broker.connect()) for _ in range(300)]
+            began = time.monotonic()
+            for _ in range(3):
+                self.assertEqual(broker.post_json(CHAT, {"model": "m"}).status, 200)
+                self.assertEqual(broker.request("GET", "/healthz").status, 200)
+            self.assertLess(time.monotonic() - began, 10)
+            # The first to come was the first to go; the last one is still welcome.
+            strangers[0].settimeout(5)
+            self.assertEqual(strangers[0].read_all(), b"")
+            strangers[-1].send(broker.head("GET", "/v1/models"))
+            self.assertEqual(strangers[-1].read_answer().status, 200)
 
 
 class Idle(BrokerTestCase):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import string
 import sys
 import tempfile
 import threading
@@ -25,6 +26,7 @@ from tests.support import (
     posix_only,
     run_broker,
     run_each,
+    seeded,
     stop_stub,
 )
 
@@ -177,6 +179,8 @@ class Command(SecretsTestCase):
             "OP_ACCOUNT": "work",
             SECRET_VARIABLE: ABSENT,
         }
+        # What the program runs in its turn is looked for there: only in absolute folders.
+        env["PATH"] = os.pathsep.join(["bin", ".", "", "./bin", env["PATH"]])
         with open(typed, encoding="ascii") as stdin:
             cls.served = cls.class_broker(config=config, env=env, secret=secret, cwd=cls.elsewhere, stdin=stdin)
         with open(os.path.join(cls.folder_of_program, "seen.json"), encoding="utf-8") as file:
@@ -200,6 +204,11 @@ class Command(SecretsTestCase):
         self.assertEqual(environment["OP_ACCOUNT"], "work")
         self.assertNotIn(TOKEN_VARIABLE, environment)
         self.assertNotIn(self.served.token, environment.values())
+
+    def test_finds_no_relative_folder_in_its_path(self):
+        entries = self.seen["environment"]["PATH"].split(os.pathsep)
+        self.assertIn(self.folder_of_program, entries)
+        self.assertEqual([entry for entry in entries if not os.path.isabs(entry)], [])
 
     def test_is_named_at_the_start_by_its_absolute_path(self):
         program = os.path.join(self.folder_of_program, "witness")
@@ -377,9 +386,138 @@ class CommandThatMisbehaves(SecretsTestCase):
         self.assertNotRegex(run.stderr, r"[\x00-\x09\x0b-\x1f\x7f]")
 
 
+WARNINGS = "".join(f"WARNING: the behaviour of this command has changed, see note {number}\n" for number in range(6))
+AZ_REASON = "ERROR: AADSTS70043: The refresh token has expired due to sign-in frequency checks by conditional access."
+AZ_MEND = "Interactive authentication is needed. Please run: az login --scope https://vault.azure.net/.default"
+
+
+@posix_only
+class WordsOfAVault(SecretsTestCase):
+    """What az, op and their like say as they fail. The mend often stands in the last line, behind warnings."""
+
+    SAID = {
+        "az, behind six warnings": (
+            f"{WARNINGS}{AZ_REASON}\n{AZ_MEND}\n",
+            ["has changed", "AADSTS70043", "refresh token has expired", "az login --scope https://vault.azure.net/.default"],
+        ),
+        "az, with its long identifiers": (
+            "ERROR: AADSTS700082: expired on 2026-11-23T10:11:12.0000000Z. Trace ID: x Timestamp: 2026-11-23 10:11:12Z\n",
+            ["AADSTS700082", "2026-11-23"],
+        ),
+        "op": (
+            "[ERROR] 2026/11/25 10:11:12 could not read secret 'op://Work/OpenAI/credential': isn't an item in \"Work\"\n",
+            ["[ERROR] 2026/11/25", "op://Work/OpenAI/credential", "isn't an item"],
+        ),
+        "pass": ("gpg: can't connect to the gpg-agent: IPC connect call failed; try gpg-connect-agent\n", ["gpg-connect-agent"]),
+        "vault": (
+            "Error reading: Get https://vault.example.internal:8200/v1/secret/data/openai: connection refused\n",
+            ["https://vault.example.internal:8200/v1/secret/data/openai", "connection refused"],
+        ),
+        "aws": ("An error occurred (ExpiredTokenException) when calling GetSecretValue\n", ["(ExpiredTokenException)"]),
+        "a call stack of 40 lines": (
+            "panic: no session\n" + "\tgoroutine 1 [running], main.go:12\n" * 40 + "RuntimeError: run op signin first\n",
+            ["panic: no session", "run op signin first"],
+        ),
+        "nothing": ("", ["said: nothing"]),
+    }
+
+    def keywords(self, said, end):
+        folder = self.folder()
+        with open(os.path.join(folder, "said"), "w", encoding="utf-8") as file:
+            file.write(said)
+        program = make_executable(folder, "az", f"cat '{folder}/said' >&2; {end}\n")
+        return {
+            "args": ["--check"],
+            "config": {"secret_source": {"kind": "command", "argv": [program]}},
+            "env": {SECRET_VARIABLE: ABSENT},
+        }
+
+    def assert_said(self, run, *words):
+        self.assertEqual(run.returncode, 1, run.stderr)
+        self.assertEqual(run.stderr.count("\n"), 1, run.stderr)
+        for word in words:
+            self.assertIn(word, run.stderr)
+
+    def test_are_shown_the_first_and_the_last_of_them(self):
+        for case, call in run_each({case: self.keywords(said, "exit 3") for case, (said, _) in self.SAID.items()}).items():
+            with self.subTest(case):
+                self.assert_said(call(), "exit code 3", *self.SAID[case][1])
+
+    def test_are_shown_also_where_it_says_that_all_is_well(self):
+        said, words = self.SAID["az, behind six warnings"]
+        ends = {"nothing": "exit 0", "a word": "echo None; exit 0"}
+        for case, call in run_each({case: self.keywords(said, end) for case, end in ends.items()}).items():
+            with self.subTest(case):
+                self.assert_said(call(), "exit code 0", *words)
+
+    def test_are_shown_without_what_might_be_a_key(self):
+        keys = [canary(), "hQxWbTzRkLmNpVcYdGfJ", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl"]
+        keys += ["hvs.CAESIJ8dKq2Xv7Zb1Lm3", "ghp_" + "aB3dE6" * 5]
+        said = f"could not use {' '.join(keys[:3])} today\n"
+        said += "".join(f"then token={key}&x=1 and https://me:{key}@host.example/?k={key} failed\n" for key in keys[3:])
+        run = run_each({"": self.keywords(said, "exit 3")})[""]()
+        self.assert_said(run, "could not use", "today", "host.example", "failed")
+        for key in keys:
+            self.assertNotIn(key, run.stderr)
+            self.assertNotIn(key[4:], run.stderr)
+
+
+    def test_are_shown_without_any_key_that_chance_makes(self):
+        random = seeded("keys in words")
+        alphabets = (string.ascii_letters + string.digits, string.hexdigits[:16], string.ascii_letters + string.digits + "-_")
+        lines = {}
+        for _ in range(8):
+            keys = ["".join(random.choices(random.choice(alphabets), k=random.randrange(20, 40))) for _ in range(8)]
+            around = ("token {}", "({})", "'{}'", '"{}",', "key={}", "x:{}", "<{}>", "{}.")
+            said = [text.format(key) for text, key in zip(around, keys)]
+            lines[tuple(keys)] = "".join(" ".join(pair) + " was refused\n" for pair in zip(said[::2], said[1::2]))
+        for keys, call in run_each({keys: self.keywords(text, "exit 3") for keys, text in lines.items()}).items():
+            run = call()
+            self.assert_said(run, "token", "was refused")
+            for key in keys:
+                with self.subTest(key):
+                    self.assertNotIn(key[:12], run.stderr)
+
+
 @posix_only
 class WhatACommandGives(SecretsTestCase):
     good = "sk-" + "g00d-Value_" * 3
+
+    def test_instead_of_a_key_is_named_for_what_it_is_with_the_mend(self):
+        given = {
+            "empty": (b"", "is empty"),
+            "a line end alone": (b"\n", "is empty"),
+            "in quotes": (b'"%s"\n', "in quotes: take them off"),
+            "in single quotes": (b"'%s'\n", "in quotes: take them off"),
+            "NAME=value": (b"OPENAI_API_KEY=%s\n", "NAME=value: give the value alone"),
+            "an export line": (b"export OPENAI_API_KEY=%s\n", "NAME=value: give the value alone"),
+            "a comma": (b"%s,\n", "ends in a comma: take it off"),
+            "two lines": (b"%s\n%s\n", "several lines"),
+            "a carriage return": (b"%s\rx", "carriage return"),
+            "a byte-order mark": (b"\xef\xbb\xbf%s\n", "byte-order mark"),
+            "a space": (b"Bearer %s\n", "a space"),
+            "beyond ASCII": (b"%s\xc3\xa9\n", "beyond ASCII"),
+            "cut off": (b"sk-12345\n", "shorter than 16"),
+        }
+        texts = {case: text.replace(b"%s", self.good.encode()) for case, (text, _) in given.items()}
+        for codec in ("utf-16", "utf-16-le"):
+            given[codec], texts[codec] = (b"", "UTF-16"), self.good.encode(codec)
+        stub, vault = self.stub(), self.vault()
+        broker = self.vault_broker(stub, vault)
+        for case, text in texts.items():
+            with self.subTest(case):
+                with open(vault.path("value"), "wb") as file:
+                    file.write(text)
+                said = broker.reload()
+                self.assertIn(given[case][1], said)
+                self.assertIn("nothing was changed", said)
+                self.assertNotIn(self.good[:12], said)
+        # A key that merely ends in = is one.
+        broker.also_secret(key := self.good + "==")
+        vault.show(key)
+        self.assertIn("reloaded", broker.reload())
+        self.assert_lets_through(broker)
+        self.assertEqual(keys_seen(stub), [key])
 
     def test_is_a_secret_if_a_header_can_carry_it(self):
         self.check_all(
@@ -707,27 +845,80 @@ class SecretThatWasRotated(SecretsTestCase):
         self.assert_refused(answer, 502, "upstream_rejected_secret")
         self.assertEqual(keys_seen(stub), [vault.value, new])
         self.assertEqual(self.outcomes(broker, 5), [(502, "upstream_rejected_secret", 2)])
-        # Who asks at once is answered at once: the provider has said what it thinks of this key.
-        for _ in range(5):
+        # Nothing is held back for it: the next is asked as ever. But nobody unlocks a vault again within the minute.
+        for _ in range(3):
             self.assert_refused(self.ask(broker), 502, "upstream_rejected_secret")
-        self.assertEqual(len(stub.requests), 2)
+        self.assertEqual(keys_seen(stub)[2:], [new] * 3)
+        self.assertEqual(vault.runs, 2)
+        vault.show(canary())
+        stub.script(keyring(new))
+        self.assert_lets_through(broker)
         self.assertEqual(vault.runs, 2)
 
 
 class RejectedSecret(SecretsTestCase):
-    def test_is_the_operators_matter_and_its_text_stays_here(self):
+    def test_is_the_operators_matter_and_nothing_of_it_is_shown(self):
         stub = self.stub(keyring())
         broker = self.broker(stub)
         answer = self.ask(broker)
         self.assert_refused(answer, 502, "upstream_rejected_secret")
         self.assertNotIn(b"sk-canary", answer.body)
-        self.assertNotIn("Incorrect API key", answer.message)
+        self.assertIn("Incorrect API key provided:", answer.message)
         self.assertIsNone(answer.header("WWW-Authenticate"))
         self.assertEqual(keys_seen(stub), [broker.secret])
         self.assertEqual(self.outcomes(broker, 1), [(502, "upstream_rejected_secret", 1)])
-        for _ in range(3):
-            self.assert_refused(self.ask(broker), 502, "upstream_rejected_secret")
-        self.assertEqual(len(stub.requests), 1)
+
+    def test_for_one_path_only_says_why_and_holds_nobody_up(self):
+        # A 401 may mean a missing scope, an address that is not on a list, a closed organization.
+        def scoped(conn, request):
+            if request.target != "/v1/models":
+                return conn.respond_json({"id": "answer"})
+            error = {"error": {"message": "Missing scopes: model.read", "type": "invalid_request_error"}}
+            return conn.respond_json(error, 401, [("x-request-id", "req_scope")])
+
+        broker = self.broker(self.stub(scoped))
+        for _ in range(2):
+            answer = broker.request("GET", "/v1/models")
+            self.assert_refused(answer, 502, "upstream_rejected_secret")
+            self.assertIn("Missing scopes: model.read", answer.message)
+            self.assert_lets_through(broker)
+        broker.wait_stderr("Missing scopes: model.read")
+        line = broker.wait_event(event="response", outcome="upstream_rejected_secret")
+        self.assertEqual(line["upstream_request_id"], "req_scope")
+
+    def test_is_told_in_the_providers_words_with_everything_of_a_key_hidden(self):
+        secret = canary()
+        # Each has a word of plain letters around it that has to be seen, and the first part must not be.
+        hidden = {
+            "as it is": secret,
+            "a part of it": secret[14:24],
+            "four characters": secret[20:24],
+            "with stars": "sk-ca****" + secret[-4:],
+            "with one star": "q1*z9",
+            "another key": "sk-proj-Ab3dEf6hIj9kLm2nOp",
+            "in an address": "https://user:" + secret + "@provider.example/",
+        }
+        stub = self.stub()
+        broker = self.broker(stub, secret=secret)
+        for case, word in hidden.items():
+            with self.subTest(case):
+                error = {"error": {"message": f"beginning {word} ending"}}
+                stub.script(lambda conn, request: conn.respond_json(error, 401))  # noqa: B023
+                message = self.ask(broker).message
+                self.assertIn("beginning", message)
+                self.assertIn("ending", message)
+                self.assertNotIn(word, message)
+
+    def test_is_told_in_200_characters_at_most_and_printable_ones(self):
+        stub = self.stub()
+        broker = self.broker(stub)
+        for said in ("why " * 10_000, "\x1b[2Jwhy\r\n\u202ewhy", ["why"], None, {"a": {}}):
+            with self.subTest(repr(said)[:40]):
+                stub.script(lambda conn, request: conn.respond_json({"error": {"message": said}}, 401))  # noqa: B023
+                answer = self.ask(broker)
+                self.assert_refused(answer, 502, "upstream_rejected_secret")
+                self.assertLess(answer.message.count("why"), 55)
+                self.assertTrue(answer.message.isprintable(), answer.message)
 
     def test_where_there_is_none_is_the_callers_matter(self):
         stub = self.stub(lambda conn, request: conn.respond_json({"who": "are you"}, 401))
@@ -783,52 +974,35 @@ class Remembered:
 
 
 def setUpModule():
-    if os.name != "posix":
-        return
-
-    def reject(state):
-        # Nor does the source have another one.
-        state.vault.fail()
-        state.stub.script(keyring())
-
-    for kind, arguments in {
-        "failed": (0, lambda state: state.vault.fail(), lambda state: state.vault.mend()),
-        "rejected": (3600, reject, lambda state: state.stub.script(keyring(state.vault.value))),
-    }.items():
-        remembered[kind] = Remembered(*arguments)
-        unittest.addModuleCleanup(remembered[kind].close)
+    if os.name == "posix":
+        failed.append(Remembered(0, lambda state: state.vault.fail(), lambda state: state.vault.mend()))
+        unittest.addModuleCleanup(failed[0].close)
 
 
-remembered = {}
+failed = []
 
 
 @posix_only
-class RememberedForFiveSeconds(SecretsTestCase):
-    def after(self, kind):
-        state = remembered[kind]
+class SourceThatFailed(SecretsTestCase):
+    def test_is_remembered_for_five_seconds(self):
+        state = failed[0]
         state.probe.join()
         self.assertIsNotNone(state.seconds, "it was remembered for too long")
         self.assertGreater(state.seconds, 4)
-        return state
-
-    def test_is_a_source_that_failed(self):
-        state = self.after("failed")
         self.assertEqual(set(state.codes), {"secret_unavailable"})
         # At the start, when it failed, and when it was well again.
         self.assertEqual(state.vault.runs, 3)
 
-    def test_is_a_secret_that_was_rejected_though_it_stays_the_one(self):
-        state = self.after("rejected")
-        self.assertEqual(set(state.codes), {"upstream_rejected_secret"})
-        self.assertEqual(keys_seen(state.stub), [state.vault.value] * 2)
-        self.assertEqual(state.vault.runs, 2)
-        # Rejected once more within the minute: nobody unlocks a vault for that again.
-        state.vault.mend()
-        state.vault.show(new := canary())
-        state.broker.also_secret(new)
-        state.stub.script(keyring(new))
-        self.assert_refused(self.ask(state.broker), 502, "upstream_rejected_secret")
-        self.assertEqual(state.vault.runs, 2)
+    def test_as_the_provider_rejected_the_secret_leaves_the_old_one_in_use(self):
+        stub, vault = self.stub(keyring()), self.vault()
+        broker = self.vault_broker(stub, vault)
+        vault.fail()
+        self.assert_refused(self.ask(broker), 502, "upstream_rejected_secret")
+        self.assertEqual((keys_seen(stub), vault.runs), ([vault.value], 2))
+        # The provider has thought better of it.
+        stub.script(keyring(vault.value))
+        self.assert_lets_through(broker)
+        self.assertEqual(vault.runs, 2)
 
 
 # ------------------------------------------------------------------------------------------------
