@@ -3938,6 +3938,13 @@ def status_of(caller: Caller, limits: Limits) -> dict[str, Any]:
             "left": limits.left(client), "expires": client.expires.isoformat() if client.expires is not None else None}
 
 
+def internal_error(bug: BaseException, request_id: str) -> RequestError:
+    """What the caller is told of a bug; the operator is told its place."""
+    report_bug(bug)
+    return RequestError("internal_error", "the broker has a bug here; the terminal where it runs names the place, this "
+                        f"request's id is {request_id}")
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """A caller's connection, one request after the other, in a thread of its own."""
 
@@ -3984,9 +3991,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ClientDisconnected, OSError):
             self.give_up(exchange)
         except Exception as bug:
-            report_bug(bug)
-            self.refuse(RequestError("internal_error", "the broker has a bug here; the terminal where it runs names the place, "
-                                     f"this request's id is {exchange.id}"), exchange)
+            self.refuse(internal_error(bug, exchange.id), exchange)
         finally:
             exchange.finish()                                                               # 13
             self.server.connections.waits(self.request)
