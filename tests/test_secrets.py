@@ -405,8 +405,8 @@ class WordsOfAVault(SecretsTestCase):
             ["AADSTS700082", "2026-11-23"],
         ),
         "op": (
-            "[ERROR] 2026/11/25 10:11:12 could not read secret 'op://Work/OpenAI/credential': isn't an item in \"Work\"\n",
-            ["[ERROR] 2026/11/25", "op://Work/OpenAI/credential", "isn't an item"],
+            "[ERROR] 2026/11/25 10:11:12 could not read secret 'op://Team/OpenAI/credential': isn't an item in \"Work\"\n",
+            ["[ERROR] 2026/11/25", "op://Team/OpenAI/credential", "isn't an item"],
         ),
         "pass": ("gpg: can't connect to the gpg-agent: IPC connect call failed; try gpg-connect-agent\n", ["gpg-connect-agent"]),
         "vault": (
