@@ -217,12 +217,12 @@ class ClientDisconnected(Exception):
 class RequestError(Exception):
     """A refusal. `message` goes to the caller, and may be all that its user sees; so it names the mend.
 
-    `wait` (seconds) becomes Retry-After. `upstream_request_id` is that of the answer which led to it.
+    `wait` (seconds) becomes Retry-After.
     """
 
-    def __init__(self, code: str, message: str, headers: str = "", wait: int = 0, upstream_request_id: str | None = None) -> None:
+    def __init__(self, code: str, message: str, headers: str = "", wait: int = 0) -> None:
         super().__init__(code)
-        self.code, self.message, self.upstream_request_id = code, message, upstream_request_id
+        self.code, self.message = code, message
         self.status, final = ERRORS[code]
         self.headers = (f"X-Broker-Error: {code}\r\n{headers}" + (f"Retry-After: {wait}\r\n" if wait else "")
                         + ("x-should-retry: false\r\n" if final or wait > RETRY_WORTH_SECONDS else ""))
@@ -4145,7 +4145,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return self.wire.close(abort=True)
         exchange.outcome = exchange.refused = error.code
-        exchange.upstream_request_id = error.upstream_request_id or exchange.upstream_request_id
         if not exchange.logged:
             exchange.log_denied(error)
         detail = {"type": error.code, "code": error.code, "message": HIDDEN.in_answers.text(error.message), "param": None}
