@@ -2420,7 +2420,12 @@ def utc_time() -> str:
 
 
 def utc_day() -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime())
+    return utc_time()[:10]
+
+
+def today() -> int:
+    """The UTC day's number."""
+    return int(time.time() // 86400)
 
 
 def loggable(value: str) -> str:
@@ -2573,7 +2578,7 @@ def log_files(path: str) -> list[str]:
             if entry.name.startswith(f"{stem}.") and entry.name.endswith(extension) and len(between) > 1:
                 info = entry.stat(follow_symlinks=False)
                 ours = not hasattr(os, "geteuid") or info.st_uid == os.geteuid()
-                if stat.S_ISREG(info.st_mode) and ours and info.st_mtime >= time.time() // 86400 * 86400:
+                if stat.S_ISREG(info.st_mode) and ours and info.st_mtime >= today() * 86400:
                     found.append((info.st_mtime, entry.path))
     return [*(rotated for _, rotated in sorted(found)), *([path] if os.path.exists(path) else [])]
 
@@ -2637,11 +2642,11 @@ class Limits:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._uses: dict[str, ClientUse] = collections.defaultdict(ClientUse)
-        self._day = utc_day()
+        self._day = today()
 
     def _use(self, name: str) -> ClientUse:
-        if self._day != (today := utc_day()):
-            self._day = today
+        if self._day != today():
+            self._day = today()
             for use in self._uses.values():
                 use.used = 0
         return self._uses[name]
@@ -3018,9 +3023,7 @@ class Wire:
 
     def fill(self, deadline: float, caller: Wire | None = None) -> None:
         """Waits for more to read. Raises EOFError at the end."""
-        data = None
-        if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
-            data = self.receive_now()
+        data = self.receive_now()           # where much comes it is there already; TLS may hold it, unseen by a poll
         while data is None:
             wait_for(self, READ, deadline, caller)
             data = self.receive_now()
@@ -3157,6 +3160,7 @@ class Answer:
         # be the next caller's answer.
         self._keep, self._is_closed = keep if head.keep_alive and not self.has_no_body else None, False
         self.announced_length = head.length if self.has_no_body and head.status != 204 else None
+        self._looked = time.monotonic()
 
     @property
     def done(self) -> bool:
@@ -3180,8 +3184,11 @@ class Answer:
 
     def read(self, deadline: float | None = None) -> bytes:
         """The next piece of the body, maybe empty. Raises RequestError."""
+        if (now := time.monotonic()) - self._looked > LOOK_SECONDS:
+            self._looked = now          # who has always more to say leaves no wait in which a leaving caller is seen
+            self._caller.look()
         try:
-            self._wire.fill(deadline or time.monotonic() + self._timeout, self._caller)
+            self._wire.fill(deadline or now + self._timeout, self._caller)
         except EOFError:
             if self._body.chunked or self._body.left is not None:
                 raise protocol_error("it was cut off") from None
@@ -3838,6 +3845,7 @@ class Exchange:
         self.is_whole = False                   # the answer came to its end
         self.response_bytes, self.attempt = 0, 1
         self.ttfb: float | None = None
+        self.reader: UsageReader | None = None  # of the answer that is on its way
         self.usage: dict[str, Any] | None = None
         self.upstream_request_id: str | None = None
 
@@ -3868,6 +3876,9 @@ class Exchange:
 
     def settle(self) -> None:
         """Gives back what it holds: before the answer's last bytes go, so that the caller's next request finds it."""
+        if self.reader is not None:
+            self.reader.finish()
+            self.usage, self.reader = self.reader.usage, None
         if self.reserved is not None and self.caller is not None:
             self.server.limits.settle(self.caller.client, self.reserved, self._tokens_used())
         if self.entered and self.caller is not None:
@@ -4082,7 +4093,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The answer as it arrives: each piece at once, the secret redacted."""
         lines, piece = answer.end_to_end(), answer.ready()
         kind = re.search(r"(?im)^content-type:(.*)", lines)
-        known, usage = HIDDEN.in_answers, UsageReader(kind[1] if kind else "")
+        known = HIDDEN.in_answers
+        usage = exchange.reader = UsageReader(kind[1] if kind else "")
         stream = RedactedStream(known.also(exchange.secret))
         data, whole = stream.feed(piece, answer.done), answer.done
         chunked = not whole and head.minor
@@ -4091,30 +4103,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         framing = "Transfer-Encoding: chunked\r\n" if chunked else "" if length is None else f"Content-Length: {length}\r\n"
         start = self.answer_head(exchange, f"{answer.status} {answer.reason}", lines, framing, keep)
         read = usage.read_whole if whole else usage.feed
-        try:
-            while True:
-                read(data)
-                exchange.status = answer.status
-                exchange.response_bytes += len(data)
-                framed = b"%x\r\n%b\r\n" % (len(data), data) if chunked and data else data
-                if answer.done:
-                    exchange.is_whole = True
-                    usage.finish()
-                    exchange.usage = usage.usage
-                    exchange.settle()
-                    self.send(exchange, start + framed + (b"0\r\n\r\n" if chunked else b""))
-                    break
-                if start or data:
-                    self.send(exchange, start + framed)
-                start = b""
-                piece = answer.read()
-                if HIDDEN.in_answers is not known:      # a secret was rotated in meanwhile: it counts from now on
-                    known = HIDDEN.in_answers
-                    stream.redactor = known.also(exchange.secret)
-                data = stream.feed(piece, answer.done)
-        finally:
-            usage.finish()
-            exchange.usage = exchange.usage or usage.usage
+        while True:
+            read(data)
+            exchange.status = answer.status
+            exchange.response_bytes += len(data)
+            framed = b"%x\r\n%b\r\n" % (len(data), data) if chunked and data else data
+            if answer.done:
+                exchange.is_whole = True
+                exchange.settle()
+                self.send(exchange, start + framed + (b"0\r\n\r\n" if chunked else b""))
+                break
+            if start or data:
+                self.send(exchange, start + framed)
+            start = b""
+            piece = answer.read()
+            if HIDDEN.in_answers is not known:      # a secret was rotated in meanwhile: it counts from now on
+                known = HIDDEN.in_answers
+                stream.redactor = known.also(exchange.secret)
+            data = stream.feed(piece, answer.done)
         failed = answer.status >= 400 or usage.failed
         exchange.outcome = exchange.outcome or ("upstream_error" if failed else "ok")
         self.close_connection = not keep

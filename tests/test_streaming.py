@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import threading
+import time
 import unittest
 
 from broker import UsageReader
@@ -343,6 +344,22 @@ class TheCallerLeaves(StreamingTestCase):
                     puppet.chunk(b"x" * (1 << 20))
                 caller.read_head()
                 self.assert_lets_go(caller, way, puppet.conn)
+
+    def test_half_of_it_while_the_upstream_never_pauses(self):
+        def pour(conn, request):
+            conn.start_stream("application/octet-stream")
+            with contextlib.suppress(OSError, Gone):
+                while not conn.gone.is_set():
+                    conn.chunk(b"x" * (1 << 16))
+
+        self.upstream.script(pour)
+        with self.served.connect() as caller, self.logged_as(200):
+            caller.send(self.served.head("GET", MODELS))
+            caller.read_head()
+            caller.half_close()
+            until = time.monotonic() + SOON
+            while caller.sock.recv(1 << 16):    # it takes all there is, so that nobody waits for it either
+                self.assertLess(time.monotonic(), until, "it is still being sent the answer")
 
     def test_while_the_upstream_is_sent_the_body(self):
         body = b'{"a":"' + b"x" * (16 << 20) + b'"}'
