@@ -445,6 +445,33 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in HIDDEN.in_output.text(text))
 
 
+class PerMinute:
+    """So many of a kind are said or written a minute; the others are counted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kinds: dict[Any, list[float]] = {}    # [since when, how many, suppressed]
+
+    def suppressed(self, kind: Any) -> int | None:
+        """Counts one more: how many were suppressed before it; None where it is to be so too."""
+        with self._lock:
+            now = time.monotonic()
+            found = self._kinds.setdefault(kind, [now, 0, 0])
+            if now - found[0] >= 60:
+                found[:2] = now, 0
+            found[1] += 1
+            if found[1] > LINES_A_MINUTE:
+                found[2] += 1
+                return None
+            before, found[2] = int(found[2]), 0
+            return before
+
+    def rest(self) -> dict[Any, int]:
+        """How many of each kind no line has told of."""
+        with self._lock:
+            return {kind: int(found[2]) for kind, found in self._kinds.items() if found[2]}
+
+
 class Stderr:
     """Attack: a terminal or a pipe that nobody reads stops whoever writes to it, for ever. So one thread does, from a
     bounded queue; what does not fit is counted."""
@@ -454,18 +481,13 @@ class Stderr:
         self._lines: queue.Queue[str | None] = queue.Queue(SAID_LINES_LIMIT)
         self._writer: threading.Thread | None = None
         self._lost = 0
-        self._minutes: dict[str, tuple[float, int]] = {}    # what is said often -> (since when, how often)
+        self._often = PerMinute()
 
     def say(self, text: str, often: str = "") -> None:
         """Queues one line. `often` names what callers can cause: so many of it a minute and no more."""
+        if often and self._often.suppressed(often) is None:
+            return
         with self._lock:
-            if often:
-                since, count = self._minutes.get(often, (0.0, 0))
-                if time.monotonic() - since >= 60:
-                    since, count = time.monotonic(), 0
-                self._minutes[often] = since, count + 1
-                if count >= LINES_A_MINUTE:
-                    return
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write_lines, daemon=True)
                 self._writer.start()
@@ -3616,7 +3638,6 @@ INHERITED_LIMITS: dict[int, tuple[int, int]] = {}       # as they were, for the 
 INHERITED_SIGNALS: dict[int, Any] = {}
 WANTED_DESCRIPTORS = 65536
 OWN_CHILDREN, OWN_CHILDREN_LOCK = set[int](), threading.Lock()     # the command that is served
-LINKS_ON_THE_WAY = 40                   # as many as Linux follows
 
 
 def guard_process() -> list[str]:
@@ -3677,26 +3698,13 @@ def reap_orphans() -> None:
 
 def way_to(path: str) -> list[str]:
     """Every folder, file and link that decides what an absolute path leads to, `/` included. Raises OSError."""
-    found, here, rest = ["/"], "/", path.split("/")[::-1]
-    links = 0
-    while rest:
-        name = rest.pop()
-        if name in ("", "."):
-            continue
-        if name == "..":
-            here = os.path.dirname(here)
-            continue
-        step = os.path.join(here, name)
+    found, here = ["/"], "/"
+    for name in filter(None, path.split("/")):
+        step = os.path.normpath(os.path.join(here, name))       # before a `..` there is no link any more
         found.append(step)
-        if not os.path.islink(step):
-            here = step
-            continue
-        links += 1
-        if links > LINKS_ON_THE_WAY:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        target = os.readlink(step)
-        here = "/" if target.startswith("/") else here
-        rest += target.split("/")[::-1]
+        if os.path.islink(step):
+            found += way_to(os.path.join(here, os.readlink(step)))
+        here = os.path.realpath(step)
     return list(dict.fromkeys(found))
 
 
@@ -3932,7 +3940,7 @@ class Exchange:
     def log_denied(self, error: RequestError) -> None:
         """A refusal's line, unless there were too many of its kind."""
         client = self.caller.client.name if self.caller is not None else None
-        suppressed = self.server.denials.count(client, error.code)
+        suppressed = self.server.denials.suppressed((client, error.code))
         if suppressed is not None:
             self.log.write("denied", {
                 "id": self.id, **self.names(), "status": error.status, "reason": error.code, "method": self.method,
@@ -4218,7 +4226,7 @@ class Connections:
         return sock is not None
 
     def make_room(self) -> bool:
-        """Where descriptors run out: whether one has been closed."""
+        """Closes the one that waits longest; whether there was one."""
         with self._lock:
             return self._evict()
 
@@ -4240,43 +4248,11 @@ class Connections:
             self._open.discard(sock)
             self._waiting.pop(sock, None)
 
-    def end_waiting(self) -> None:
-        with self._lock:
-            while self._evict():
-                pass
-
     def end_reading(self) -> None:
         """To all others it looks as if their caller had left; they can still say something to it."""
         with self._lock:
             for sock in self._open:
                 shut(sock, socket.SHUT_RD)
-
-
-class Denials:
-    """So many refusals of a client for one reason are written a minute; the others are counted. Strangers are one client."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._minutes: dict[tuple[str | None, str], list[float]] = {}      # [since when, written, suppressed]
-
-    def count(self, client: str | None, reason: str) -> int | None:
-        """How many were suppressed before this one; None where it is to be so too."""
-        with self._lock:
-            now = time.monotonic()
-            window = self._minutes.setdefault((client, reason), [now, 0, 0])
-            if now - window[0] >= 60:
-                window[:2] = now, 0
-            if window[1] >= LINES_A_MINUTE:
-                window[2] += 1
-                return None
-            window[1] += 1
-            suppressed, window[2] = int(window[2]), 0
-            return suppressed
-
-    def rest(self) -> list[tuple[str | None, str, int]]:
-        """(client, reason, how many) of those that no line has told."""
-        with self._lock:
-            return [(client, reason, int(window[2])) for (client, reason), window in self._minutes.items() if window[2]]
 
 
 def bind_alone(sock: socket.socket) -> None:
@@ -4314,7 +4290,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, state: State, log: EventLog) -> None:
         """Takes the port; connections wait in its queue until `serve_forever`. Raises OperationalError."""
         self.state, self.log = state, log
-        self.connections, self.limits, self.capacity, self.denials = Connections(), Limits(), Capacity(), Denials()
+        self.connections, self.limits, self.capacity, self.denials = Connections(), Limits(), Capacity(), PerMinute()
         self.stopping = self.gave_up = False
         self.counted: set[str] = set()      # the clients with a budget: of the others nobody adds up what they use
         self.shows_requests = False         # a line on stderr for each
@@ -4452,11 +4428,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         self.shutdown()
         self.server_close()
-        self.connections.end_waiting()
+        while self.connections.make_room():
+            pass
 
     def end(self) -> None:
         """The last lines of the log."""
-        for client, reason, suppressed in self.denials.rest():
+        for (client, reason), suppressed in self.denials.rest().items():
             self.log.write("denied", {**({"client": client} if client else {}), "status": ERRORS[reason][0], "reason": reason,
                                       "method": None, "path": None, "suppressed": suppressed})
         self.log.write("stop", self.lifecycle)
