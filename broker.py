@@ -2954,8 +2954,12 @@ def parsing_turn(body: bytes) -> Iterator[None]:
 
 def check_body(head: RequestHead, path: str, body: bytes, keep: bool, client: ClientConfig) -> BodyFacts:
     """The facts of a body that is JSON, and of one that is not. Attack: a text that takes seconds to parse."""
-    if not body or media_type(head.fields["content-type"]) != JSON_TYPE:
+    if not body:
         return body_facts(path, {}, keep, client)
+    if media_type(head.fields["content-type"]) != JSON_TYPE:
+        facts = body_facts(path, {}, keep, client)
+        # Whatever its path names: a form may name another model, where nobody looks.
+        return facts._replace(models=()) if head.method in BODY_METHODS else facts
     if len(body) > JSON_COST_LIMIT and (cost := sum(map(body.count, (b"{", b"[", b",")))) > JSON_COST_LIMIT:
         raise RequestError("request_too_large", f"the JSON body has {cost} of {{ [ and , together, the broker takes "
                            f"{JSON_COST_LIMIT}: send less at once")

@@ -34,6 +34,7 @@ PATHS = [
     GEMINI.format("*"),
     BEDROCK.format("*"),
     "POST /v1/audio/transcriptions multipart/form-data",
+    "POST /openai/deployments/*/audio/transcriptions multipart/form-data",
 ]
 PROMPT: dict = {"messages": []}
 
@@ -254,8 +255,9 @@ class AllowedModels(ServedForSeveral):
         form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nexact\r\n--x--\r\n'
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
         for client, status in {"dora": 403, "eve": 200, "alice": 200}.items():
-            with self.subTest(client):
-                self.assertEqual(self.ask(client, "/v1/audio/transcriptions", form, headers=headers).status, status)
+            for path in ("/v1/audio/transcriptions", "/openai/deployments/exact/audio/transcriptions"):
+                with self.subTest(client, path=path):
+                    self.assertEqual(self.ask(client, path, form, headers=headers).status, status)
 
     def test_are_nobody_elses_business(self):
         for client, status in {"alice": 200, "eve": 403}.items():
