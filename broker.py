@@ -1422,6 +1422,10 @@ class SecretCache:
             run = self._shared.start()
         return run.result(while_waiting)
 
+    def learn_again(self) -> None:
+        if self._secret is not None:
+            self._learn(self._secret)
+
     def renew(self, used: Secret | None, while_waiting: Callable[[], None]) -> Secret | None:
         """For a secret that the upstream rejected: another one if there is one by now, else the same."""
         with self._lock:
@@ -3629,6 +3633,12 @@ class State(NamedTuple):
                     prefix = "" if self.config.raw.get("upstreams") is None else f"upstreams.{upstream.config.name}."
                     raise SecretUnavailable(f'"{prefix}secret_source": the secret is not available: {error}') from None
 
+    def stay_hidden(self) -> None:
+        """The secrets that are in use count as the newest again: those of a reload that failed must not push them out."""
+        for upstream in self.upstreams.values():
+            if isinstance(upstream, Upstream):
+                upstream.secrets.learn_again()
+
     def close(self) -> None:
         for upstream in self.upstreams.values():
             upstream.close()
@@ -4422,6 +4432,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.load_ledger(config)
         except BaseException:
             state.close()
+            old.stay_hidden()
             raise
         self.state = state
         old.close()

@@ -5,7 +5,7 @@ import os
 import sys
 
 from tests.long_form import CHAT, LongForm, WrongFiles, an_upstream, chat
-from tests.support import ABSENT, BrokerTestCase, Puppet, fresh_token, run_broker, run_each
+from tests.support import ABSENT, BrokerTestCase, Puppet, canary, fresh_token, run_broker, run_each
 
 ISSUES = "/github/repos/octo/cat/issues"
 GITHUB_PATHS = [
@@ -268,6 +268,28 @@ class OneThatFails(BrokerTestCase):
         self.served.wait_stderr(r"the secret of losing is not available: .*/key")
         self.assert_others_go_on()
         self.assertEqual(len(self.losing.requests), 1)
+
+    def test_at_every_reload_leaves_the_others_key_known(self):
+        fresh, missing = (os.path.join(self.folder(), name) for name in ("fresh", "missing"))
+        sources = {path: {"kind": "file", "path": path} for path in (fresh, missing)}
+        form = LongForm(
+            {
+                "renewed": an_upstream(self.other, CHAT, secret_source=sources[fresh]),
+                "failing": an_upstream(self.losing, "/v1/losing", secret_source=sources[missing]),
+            }
+        )
+        first = form.secrets["renewed"]
+        for path, secret in zip((fresh, missing), (first, form.secrets["failing"])):
+            keep_in_file(path, secret)
+        served = form.watched(self.broker(self.other, **form.options))
+        os.remove(missing)
+        for _ in range(6):
+            secret = canary()
+            served.also_secret(secret)
+            keep_in_file(fresh, secret)
+            self.assertIn("nothing was changed", served.reload())
+        self.assert_refused(served.post_json(CHAT, chat(user=first)), 403, "secret_in_request")
+        self.assertEqual(served.post_json(CHAT, chat()).status, 200)
 
     def test_by_being_slow_holds_up_nobody_else(self):
         held = Puppet(self.slow)
