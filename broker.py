@@ -548,7 +548,6 @@ HEADER_LINE = re.compile(rf"^({TOKEN}):([\t\x20-\x7e\x80-\xff]*)\r\n", re.M)
 # at once and not after HEAD_SECONDS.
 HOPELESS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
 PLAIN_PATH = re.compile(rf"/(?:{SEGMENT}(?:/{SEGMENT})*)?")
-HEADER_NAME = re.compile(r"[A-Za-z0-9_\-]+")
 IDENTITY_CODINGS = ("identity", "none", "utf-8", "")    # what servers write who mean that there is none
 
 
@@ -893,10 +892,34 @@ def a_number(low: float, high: float, whole: bool = False) -> Check:
     return check
 
 
+def is_text(value: Any, pattern: str) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
 def a_text(pattern: str, meaning: str) -> Check:
     def check(value: Any) -> Any:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        if not is_text(value, pattern):
             raise ValueError(f"must be {meaning}")
+        return value
+    return check
+
+
+def a_list(pattern: str, meaning: str) -> Check:
+    def check(value: Any) -> Any:
+        if not isinstance(value, list) or not value or not all(is_text(entry, pattern) for entry in value):
+            raise ValueError(f"must be a non-empty list of {meaning}")
+        return tuple(value)
+    return check
+
+
+def a_map(names: str, texts: str | None, meaning: str) -> Check:
+    """`texts`: the form of its values; None for objects, at least one."""
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict) or not (value or texts):
+            raise ValueError(f"must be {meaning}")
+        for name, member in value.items():
+            if not is_text(name, names) or not (is_text(member, texts) if texts else isinstance(member, dict)):
+                raise ValueError(f"has {json.dumps(name)[:80]}, but must be {meaning}")
         return value
     return check
 
@@ -983,6 +1006,10 @@ class SecretSource:
     kind = "none"
     variable: str | None = None         # the environment variable that holds the secret
     cache_seconds = math.inf
+    folder = asked_for = ""
+
+    def __init__(self, **options: Any) -> None:
+        vars(self).update(options)
 
     def prepare(self, folder: str, asked_for: str) -> SecretSource:
         """Ready to be asked. `folder`: the configuration's, absolute; `asked_for`: the upstream's name."""
@@ -1011,16 +1038,17 @@ class EnvironmentSource(SecretSource):
     """A variable of the broker's own environment."""
 
     kind = "env"
+    name: str
 
     def __init__(self, name: str) -> None:
-        self.name = self.variable = name
+        super().__init__(name=name, variable=name)
 
     def resolve(self) -> Secret:
         value = take_variable(self.name)
         if value is None:
-            raise SecretUnavailable(f"environment variable {self.name} is not set: export it in the shell that starts the "
-                                    "broker, or name another secret_source")
-        return Secret(value, f"environment variable {self.name}")
+            raise SecretUnavailable(f"{self.describe()} is not set: export it in the shell that starts the broker, or name "
+                                    "another secret_source")
+        return Secret(value, self.describe())
 
     def describe(self) -> str:
         return f"environment variable {self.name}"
@@ -1160,32 +1188,30 @@ def masked(text: str) -> str:
 
 def first_and_last_words(errors: bytes) -> str:
     """Of a command's stderr, masked: az writes six warnings before its reason, op's mend stands in the last line."""
-    lines = [" ".join(line.split()) for line in masked(errors.decode("utf-8", "replace")).splitlines() if line.strip()]
-    kept = [lines[0], "…", *lines[-3:]] if len(lines) > 4 else lines or ["nothing"]
-    room = 800 // len(kept)             # enough for a whole line of az, with the command that mends it
-    return " / ".join(line if len(line) <= room else f"{line[:room * 2 // 3]}…{line[-room // 3:]}" for line in kept)
+    lines = masked(errors.decode("utf-8", "replace")).splitlines()
+    said = " / ".join(" ".join(line.split()) for line in lines if line.strip()) or "nothing"
+    return said if len(said) <= 800 else f"{said[:300]} … {said[-500:]}"
 
 
 class CommandSource(SecretSource):
     """What a program such as `op` or `az` writes."""
 
     kind = "command"
-
-    def __init__(self, argv: tuple[str, ...], timeout_seconds: float, cache_seconds: float, folder: str = "") -> None:
-        self.argv, self.timeout_seconds, self.cache_seconds, self.folder = argv, timeout_seconds, cache_seconds, folder
+    argv: tuple[str, ...]
+    timeout_seconds: float
 
     def prepare(self, folder: str, asked_for: str) -> SecretSource:
         """Looked up once: who can write an `op` into an earlier folder later on changes nothing."""
         import shutil
         program = os.path.join(folder, self.argv[0]) if os.path.dirname(self.argv[0]) else self.argv[0]
-        found = shutil.which(program, path=command_path())
-        if found is None or not os.path.isabs(found):       # Windows looks into the current folder first
-            raise SecretUnavailable(f"program {self.argv[0]!r} is not found, or may not be executed: install it, or put its "
-                                    "absolute path into argv")
-        return CommandSource((found, *self.argv[1:]), self.timeout_seconds, self.cache_seconds, folder)
+        found = shutil.which(program, path=command_path()) or self.argv[0]
+        return CommandSource(**{**vars(self), "argv": (found, *self.argv[1:]), "folder": folder})
 
     def resolve(self) -> Secret:
         program = self.argv[0]
+        if not os.path.isabs(program):      # not found; or Windows has looked into the current folder first
+            raise SecretUnavailable(f"program {program!r} is not found, or may not be executed: install it, or put its absolute "
+                                    "path into argv")
         try:
             with RUNNING_COMMANDS.started(self.argv, self.folder) as process:
                 late, output, errors = read_output(process, self.timeout_seconds)
@@ -1220,12 +1246,10 @@ class FileSource(SecretSource):
     """What a file holds that only its owner may read, or that systemd or a container runtime has put there."""
 
     kind = "file"
-
-    def __init__(self, path: str, cache_seconds: float) -> None:
-        self.path, self.cache_seconds = path, cache_seconds
+    path: str
 
     def prepare(self, folder: str, asked_for: str) -> SecretSource:
-        return FileSource(os.path.abspath(os.path.join(folder, self.path)), self.cache_seconds)
+        return FileSource(**{**vars(self), "path": os.path.abspath(os.path.join(folder, self.path))})
 
     def resolve(self) -> Secret:
         path, trusted = self.path, is_credential_path(self.path)
@@ -1286,11 +1310,8 @@ class PromptSource(SecretSource):
 
     kind = "prompt"
 
-    def __init__(self, asked_for: str = "") -> None:
-        self.asked_for = asked_for
-
     def prepare(self, folder: str, asked_for: str) -> SecretSource:
-        return PromptSource(asked_for)
+        return PromptSource(asked_for=asked_for)
 
     def resolve(self) -> Secret:
         if self.asked_for not in TYPED_SECRETS:
@@ -1302,20 +1323,20 @@ class PromptSource(SecretSource):
         return "typed at the start"
 
 
-def an_argv(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not value[0] or not all(
-            isinstance(word, str) and re.fullmatch(r"[^\0\ud800-\udfff]*", word) for word in value):
-        raise ValueError("must be a list of words, the program first: it is run without a shell")
-    return tuple(value)
+def an_argv(value: Any) -> Any:
+    argv = a_list(r"[^\0\ud800-\udfff]*", "words, the program first: it is run without a shell")(value)
+    if not argv[0]:
+        raise ValueError("must begin with the program")
+    return argv
 
 
+A_PATH = a_text(r"[^\0\ud800-\udfff]+", "the path of a file")
 SECONDS = a_number(0.1, 86400)
 CACHE_SECONDS = (3600, a_number(0, 31 * 86400))
 SECRET_SOURCES: dict[str, tuple[type[SecretSource], dict[str, tuple[Any, Check]]]] = {
     "env": (EnvironmentSource, {"name": (REQUIRED, a_text(VARIABLE, "the name of an environment variable"))}),
     "command": (CommandSource, {"argv": (REQUIRED, an_argv), "timeout_seconds": (60, SECONDS), "cache_seconds": CACHE_SECONDS}),
-    "file": (FileSource, {"path": (REQUIRED, a_text(r"[^\0\ud800-\udfff]+", "the path of a file")),
-                          "cache_seconds": CACHE_SECONDS}),
+    "file": (FileSource, {"path": (REQUIRED, A_PATH), "cache_seconds": CACHE_SECONDS}),
     "prompt": (PromptSource, {}),
     "none": (SecretSource, {}),
 }
@@ -1452,24 +1473,26 @@ class SecretCache:
 # 7. Providers: what is known of each API: its canned answer for a dry run, where it says what an answer cost, which model
 # and how many tokens a request asks for, what its clients read from the environment and what a first call to it needs.
 #
-# To add a provider: a canned_... function and its row in SHAPES (path, answer, the body of a first call), the names of
-# its counts in COUNTS and the place of these in ROOT, where they are new, and a row in CLIENT_VARIABLES if its clients
-# take both a base URL and a key from the environment. A key alone would send some clients straight to the provider.
+# To add a provider: its row in SHAPES (path, the body of a first call, the answer, and the events where it is a stream), the
+# names of its counts in COUNTS and the place of these in ROOT, where they are new, and a row in CLIENT_VARIABLES if its
+# clients take both a base URL and a key from the environment. A key alone would send some clients straight to the provider.
 
 Json = dict[str, Any]
 CannedAnswer = tuple[str, list[bytes]]  # Content-Type, and the body in the pieces that a stream would have
 
 
 class DryCall(NamedTuple):
-    """A request of a dry run: what a canned answer is made from."""
+    """A request of a dry run, and what a canned answer says of it: a template's `$name` is an attribute of it."""
     method: str
     path: str                           # as it would go upstream, raw
     query: str
     fields: dict[str, str]              # headers, names in lower case
     body: Json
     size: int                           # of the body, in bytes
-    model: str | None                   # the one that was checked
+    checked_model: str | None
     text: str                           # the answer: what would have been sent where
+    piece: str = ""                     # in one event of a stream: its part of the text
+    at: int = 0                         # and its number
 
     @property
     def pieces(self) -> list[str]:
@@ -1477,222 +1500,178 @@ class DryCall(NamedTuple):
         return re.findall(r"(?:\S+\s*){1,6}", self.text)
 
     @property
-    def named_model(self) -> str:
-        return (self.model or "dry-run")[:LOGGED_STRING_LIMIT]
+    def length(self) -> int:
+        return len(self.pieces)
 
-    def wants_stream(self, unsaid: bool = False) -> bool:
-        return self.body.get("stream", unsaid) is True
+    @property
+    def model(self) -> str:
+        return (self.checked_model or "dry-run")[:LOGGED_STRING_LIMIT]
 
+    @property
+    def tokens(self) -> int:
+        return self.size // 4
 
-def encoded(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-def one_json(value: Any) -> CannedAnswer:
-    return JSON_TYPE, [encoded(value)]
-
-
-def json_lines(values: Iterable[Json]) -> CannedAnswer:
-    return "application/x-ndjson", [encoded(value) + b"\n" for value in values]
-
-
-def unnamed_events(values: Iterable[Json], *last: bytes) -> CannedAnswer:
-    return "text/event-stream; charset=utf-8", [b"data: " + data + b"\n\n" for data in (*map(encoded, values), *last)]
-
-
-def named_events(events: Iterable[tuple[str, Json]]) -> CannedAnswer:
-    """Events whose name stands in `type` as well."""
-    return "text/event-stream; charset=utf-8", [
-        f"event: {name}\ndata: ".encode() + encoded({"type": name, **event}) + b"\n\n" for name, event in events]
+    @property
+    def vectors(self) -> list[Json]:
+        """As many as there are inputs; the SDKs ask for base64 of 32-bit floats by default."""
+        given, size = self.body.get("input"), self.body.get("dimensions")
+        count = min(len(given), 2048) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
+        size = size if isinstance(size, int) and 1 <= size <= 4096 else 8
+        vector: Any = [1.0] + [0.0] * (min(size, EMBEDDED_NUMBERS_LIMIT // count) - 1)
+        if self.body.get("encoding_format") == "base64":
+            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        return [{"object": "embedding", "index": index, "embedding": vector} for index in range(count)]
 
 
-def canned_chat(call: DryCall) -> CannedAnswer:
-    """platform.openai.com/docs/api-reference/chat; OpenRouter's client wants `system_fingerprint` to be a string."""
-    count = len(call.pieces)
-    base = {"id": "chatcmpl-dryrun", "created": int(time.time()), "model": call.named_model, "system_fingerprint": "fp_dryrun"}
-    usage = {"prompt_tokens": 0, "completion_tokens": count, "total_tokens": count}
-
-    def choices(key: str, message: Json, finish: str | None) -> list[Json]:
-        return [{"index": 0, key: message, "logprobs": None, "finish_reason": finish}]
-    if not call.wants_stream():
-        message = {"role": "assistant", "content": call.text, "refusal": None}
-        return one_json({**base, "object": "chat.completion", "choices": choices("message", message, "stop"), "usage": usage})
-    base["object"] = "chat.completion.chunk"
-    deltas = [{"role": "assistant", "content": ""}, *({"content": piece} for piece in call.pieces)]
-    chunks = [*({**base, "choices": choices("delta", delta, None)} for delta in deltas),
-              {**base, "choices": choices("delta", {}, "stop")}]
-    options = call.body.get("stream_options")
-    if isinstance(options, dict) and options.get("include_usage"):
-        chunks.append({**base, "choices": [], "usage": usage})
-    return unnamed_events(chunks, b"[DONE]")
-
-
-def canned_completion(call: DryCall) -> CannedAnswer:
-    """platform.openai.com/docs/api-reference/completions; a streamed one has the same shape."""
-    count, is_stream = len(call.pieces), call.wants_stream()
-    base = {"id": "cmpl-dryrun", "object": "text_completion", "created": int(time.time()), "model": call.named_model,
-            "system_fingerprint": "fp_dryrun"}
-    texts = [*((piece, None) for piece in call.pieces), ("", "stop")] if is_stream else [(call.text, "stop")]
-    chunks = [{**base, "choices": [{"text": text, "index": 0, "logprobs": None, "finish_reason": finish}]}
-              for text, finish in texts]
-    chunks[-1]["usage"] = {"prompt_tokens": 0, "completion_tokens": count, "total_tokens": count}
-    return unnamed_events(chunks, b"[DONE]") if is_stream else one_json(chunks[0])
-
-
-def responses_usage(count: int) -> Json:
-    return {"input_tokens": 0, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": count, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": count}
-
-
-def canned_response(call: DryCall) -> CannedAnswer:
-    """platform.openai.com/docs/api-reference/responses and …/responses-streaming"""
-    part = {"type": "output_text", "text": call.text, "annotations": [], "logprobs": []}
-    item = {"type": "message", "id": "msg_dryrun", "status": "completed", "role": "assistant", "content": [part]}
-    whole = {"id": "resp_dryrun", "object": "response", "created_at": int(time.time()), "status": "completed", "error": None,
-             "incomplete_details": None, "instructions": None, "metadata": {}, "model": call.named_model, "output": [item],
-             "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
-             "usage": responses_usage(len(call.pieces))}
-    if not call.wants_stream():
-        return one_json(whole)
-    begun = {**whole, "status": "in_progress", "output": [], "usage": None}
-    place = {"item_id": "msg_dryrun", "output_index": 0, "content_index": 0}
-    events: list[tuple[str, Json]] = [
-        ("created", {"response": begun}), ("in_progress", {"response": begun}),
-        ("output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
-        ("content_part.added", {**place, "part": {**part, "text": ""}}),
-        *(("output_text.delta", {**place, "delta": piece, "logprobs": []}) for piece in call.pieces),
-        ("output_text.done", {**place, "text": call.text, "logprobs": []}), ("content_part.done", {**place, "part": part}),
-        ("output_item.done", {"output_index": 0, "item": item}), ("completed", {"response": whole})]
-    return named_events((f"response.{name}", {"sequence_number": at, **event}) for at, (name, event) in enumerate(events))
-
-
-def canned_compaction(call: DryCall) -> CannedAnswer:
-    """platform.openai.com/docs/api-reference/responses/compact"""
-    item = {"type": "compaction", "id": "cmp_dryrun", "encrypted_content": call.text}
-    return one_json({"id": "resp_dryrun", "object": "response.compaction", "created_at": int(time.time()), "output": [item],
-                     "usage": responses_usage(len(call.pieces))})
-
-
-def canned_embeddings(call: DryCall) -> CannedAnswer:
-    """platform.openai.com/docs/api-reference/embeddings; the SDKs ask for base64 of 32-bit floats by default."""
-    given, size = call.body.get("input"), call.body.get("dimensions")
-    count = min(len(given), 2048) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
-    size = size if isinstance(size, int) and 1 <= size <= 4096 else 8
-    vector: Any = [1.0] + [0.0] * (min(size, EMBEDDED_NUMBERS_LIMIT // count) - 1)
-    if call.body.get("encoding_format") == "base64":
-        vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-    data = [{"object": "embedding", "index": index, "embedding": vector} for index in range(count)]
-    return one_json({"object": "list", "data": data, "model": call.named_model, "dry_run": call.text,
-                     "usage": {"prompt_tokens": 0, "total_tokens": 0}})
-
-
-def canned_models(call: DryCall) -> CannedAnswer:
-    """One path, two providers: Anthropic's clients always send anthropic-version."""
-    if "anthropic-version" in call.fields:
-        model = {"type": "model", "id": "dry-run", "display_name": call.text, "created_at": "2026-01-01T00:00:00Z",
-                 "lifecycle": "active"}
-        return one_json({"data": [model], "has_more": False, "first_id": "dry-run", "last_id": "dry-run"})
-    return one_json({"object": "list", "data": [{"id": "dry-run", "object": "model", "created": 0, "owned_by": call.text}]})
-
-
-def canned_message(call: DryCall) -> CannedAnswer:
-    """docs.anthropic.com/en/api/messages and …/messages-streaming"""
-    count = len(call.pieces)
-    whole = {"id": "msg_dryrun", "type": "message", "role": "assistant", "model": call.named_model, "stop_reason": "end_turn",
-             "content": [{"type": "text", "text": call.text}], "stop_sequence": None,
-             "usage": {"input_tokens": 0, "output_tokens": count}}
-    if not call.wants_stream():
-        return one_json(whole)
-    begun = {**whole, "content": [], "stop_reason": None, "usage": {"input_tokens": 0, "output_tokens": 0}}
-    end = {"delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": {"output_tokens": count}}
-    return named_events([
-        ("message_start", {"message": begun}),
-        ("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}),
-        *(("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": piece}}) for piece in call.pieces),
-        ("content_block_stop", {"index": 0}), ("message_delta", end), ("message_stop", {})])
-
-
-def canned_content(call: DryCall) -> CannedAnswer:
-    """ai.google.dev/api/generate-content: a stream is server-sent events with alt=sse, else a JSON list."""
-    is_stream = call.path.endswith(":streamGenerateContent")
-    usage = {"promptTokenCount": 0, "candidatesTokenCount": len(call.pieces), "totalTokenCount": len(call.pieces)}
-    texts = call.pieces if is_stream else [call.text]
-    parts = [{"candidates": [{"content": {"role": "model", "parts": [{"text": text}]}, "index": 0,
-                              **({"finishReason": "STOP"} if at == len(texts) else {})}],
-              "usageMetadata": usage, "modelVersion": call.named_model} for at, text in enumerate(texts, 1)]
-    if not is_stream:
-        return one_json(parts[0])
-    return unnamed_events(parts) if "alt=sse" in call.query.replace("$", "").split("&") else one_json(parts)
-
-
-def canned_ollama(call: DryCall) -> CannedAnswer:
-    """docs.ollama.com/api: a stream, of JSON lines, is the default."""
-    def part(text: str) -> Json:
-        said = {"message": {"role": "assistant", "content": text}} if call.path.endswith("/chat") else {"response": text}
-        return {"model": call.named_model, "created_at": "2026-01-01T00:00:00Z", **said, "done": False}
-    end = {"done": True, "done_reason": "stop", "prompt_eval_count": 0, "eval_count": len(call.pieces)}
-    if not call.wants_stream(unsaid=True):
-        return one_json({**part(call.text), **end})
-    return json_lines([*map(part, call.pieces), {**part(""), **end}])
-
-
-def canned_cohere(call: DryCall) -> CannedAnswer:
-    """docs.cohere.com/reference/chat and …/chat-stream"""
-    counts = {"input_tokens": 0, "output_tokens": len(call.pieces)}
-    end = {"finish_reason": "COMPLETE", "usage": {"billed_units": counts, "tokens": counts}}
-    if not call.wants_stream():
-        message = {"role": "assistant", "content": [{"type": "text", "text": call.text}]}
-        return one_json({"id": "dryrun", "message": message, **end})
-
-    def content(kind: str, **more: str) -> tuple[str, Json]:
-        return f"content-{kind}", {"index": 0, **({"delta": {"message": {"content": more}}} if more else {})}
-    begun = {"role": "assistant", "content": [], "tool_plan": "", "tool_calls": [], "citations": []}
-    return named_events([("message-start", {"id": "dryrun", "delta": {"message": begun}}),
-                         content("start", type="text", text=""), *(content("delta", text=piece) for piece in call.pieces),
-                         content("end"), ("message-end", {"id": "dryrun", "delta": end})])
+EVENTS, JSON_LINES = "text/event-stream; charset=utf-8", "application/x-ndjson"
 
 
 class Shape(NamedTuple):
-    """One call of an API."""
+    """One call of an API. Answers are JSON with `$name` for one of PARTS or an attribute of DryCall."""
     method: str
     ends: tuple[str, ...]               # of its path: before them may stand /v1, /openai/deployments/NAME, …
-    answer: Callable[[DryCall], CannedAnswer]
-    example: Json = {}                  # the body of a first call; `MODEL` is for the user to replace
+    whole: str                          # the answer in one piece, if it has that form
+    stream: tuple[str, ...] = ()        # its events; one with `$piece` comes once for each, one with `?` only where asked for
+    kind: str = EVENTS                  # of the stream
+    example: str = ""                   # the body of a first call; `MODEL` is for the user to replace
     header: str = ""                    # that a first call needs, beside the token's
-
-    def is_of(self, method: str, path: str) -> bool:
-        return self.method in ("", method) and path.endswith(self.ends)
+    told_by: str = ""                   # the header that tells it from another call of its path
 
 
-CHAT_EXAMPLE: Json = {"model": "MODEL", "messages": [{"role": "user", "content": "hello"}]}
-INPUT_EXAMPLE: Json = {"model": "MODEL", "input": "hello"}
-PROMPT_EXAMPLE: Json = {"model": "MODEL", "prompt": "hello"}
-CONTENT_EXAMPLE: Json = {"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}
+PARTS = {                               # OpenRouter's client wants `system_fingerprint` to be a string
+    "openai": '"created": 1767225600, "model": $model, "system_fingerprint": "fp_dryrun"',
+    "chunk": '"id": "chatcmpl-dryrun", "object": "chat.completion.chunk", $openai',
+    "completion": '"id": "cmpl-dryrun", "object": "text_completion", $openai',
+    "open": '"index": 0, "logprobs": null, "finish_reason": null',
+    "stop": '"index": 0, "logprobs": null, "finish_reason": "stop"',
+    "usage": '"usage": {"prompt_tokens": 0, "completion_tokens": $length, "total_tokens": $length}',
+    "response": '"id": "resp_dryrun", "object": "response", "created_at": 1767225600, "error": null, "incomplete_details": null, '
+                '"instructions": null, "metadata": {}, "model": $model, "parallel_tool_calls": true, "temperature": 1.0, '
+                '"tool_choice": "auto", "tools": [], "top_p": 1.0',
+    "response_begun": '{$response, "status": "in_progress", "output": [], "usage": null}',
+    "response_whole": '{$response, "status": "completed", "output": [$item], $response_usage}',
+    "response_usage": '"usage": {"input_tokens": 0, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}, '
+                      '"output_tokens": $length, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": $length}',
+    "item": '{"type": "message", "id": "msg_dryrun", "status": "completed", "role": "assistant", "content": [$part]}',
+    "part": '{"type": "output_text", "text": $text, "annotations": [], "logprobs": []}',
+    "place": '"sequence_number": $at, "item_id": "msg_dryrun", "output_index": 0, "content_index": 0',
+    "message": '"id": "msg_dryrun", "type": "message", "role": "assistant", "model": $model, "stop_sequence": null',
+    "gemini": '"usageMetadata": {"promptTokenCount": 0, "candidatesTokenCount": $length, "totalTokenCount": $length}, '
+              '"modelVersion": $model',
+    "ollama": '"model": $model, "created_at": "2026-01-01T00:00:00Z"',
+    "ollama_end": '"done": true, "done_reason": "stop", "prompt_eval_count": 0, "eval_count": $length',
+    "cohere_end": '"finish_reason": "COMPLETE", "usage": {"billed_units": $cohere_counts, "tokens": $cohere_counts}',
+    "cohere_counts": '{"input_tokens": 0, "output_tokens": $length}',
+}
+CHAT_EXAMPLE = '{"model": "MODEL", "messages": [{"role": "user", "content": "hello"}]}'
+INPUT_EXAMPLE = '{"model": "MODEL", "input": "hello"}'
+PROMPT_EXAMPLE = '{"model": "MODEL", "prompt": "hello"}'
+CONTENT_EXAMPLE = '{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}'
 ANTHROPIC_VERSION = "anthropic-version: 2023-06-01"
 SHAPES = (                              # the first that fits counts
-    Shape("POST", ("/chat/completions",), canned_chat, CHAT_EXAMPLE),
-    Shape("POST", ("/completions",), canned_completion, PROMPT_EXAMPLE),
-    Shape("POST", ("/responses",), canned_response, INPUT_EXAMPLE),
-    Shape("POST", ("/responses/compact",), canned_compaction, INPUT_EXAMPLE),
-    Shape("POST", ("/embeddings",), canned_embeddings, INPUT_EXAMPLE),
-    Shape("POST", ("/messages",), canned_message, {**CHAT_EXAMPLE, "max_tokens": 64}, ANTHROPIC_VERSION),
-    Shape("POST", ("/messages/count_tokens",), lambda call: one_json({"input_tokens": call.size // 4}), CHAT_EXAMPLE,
-          ANTHROPIC_VERSION),
-    Shape("GET", ("/models",), canned_models),
-    Shape("POST", (":generateContent", ":streamGenerateContent"), canned_content, CONTENT_EXAMPLE),
-    Shape("POST", ("/api/chat",), canned_ollama, CHAT_EXAMPLE),
-    Shape("POST", ("/api/generate",), canned_ollama, PROMPT_EXAMPLE),
-    Shape("POST", ("/v2/chat",), canned_cohere, CHAT_EXAMPLE),
-    Shape("", ("",), lambda call: one_json({"object": "dry_run", "message": call.text})),
+    # platform.openai.com/docs/api-reference
+    Shape("POST", ("/chat/completions",), '{"id": "chatcmpl-dryrun", "object": "chat.completion", $openai, "choices": [{'
+          '"message": {"role": "assistant", "content": $text, "refusal": null}, $stop}], $usage}', (
+              '{$chunk, "choices": [{"delta": {"role": "assistant", "content": ""}, $open}]}',
+              '{$chunk, "choices": [{"delta": {"content": $piece}, $open}]}',
+              '{$chunk, "choices": [{"delta": {}, $stop}]}',
+              '?{$chunk, "choices": [], $usage}',
+              '[DONE]'), example=CHAT_EXAMPLE),
+    Shape("POST", ("/completions",), '{$completion, "choices": [{"text": $text, $stop}], $usage}', (
+              '{$completion, "choices": [{"text": $piece, $open}]}',
+              '{$completion, "choices": [{"text": "", $stop}], $usage}',
+              '[DONE]'), example=PROMPT_EXAMPLE),
+    Shape("POST", ("/responses",), "$response_whole", (
+              '{"type": "response.created", "sequence_number": $at, "response": $response_begun}',
+              '{"type": "response.in_progress", "sequence_number": $at, "response": $response_begun}',
+              '{"type": "response.output_item.added", "sequence_number": $at, "output_index": 0, "item": {"type": "message", '
+              '"id": "msg_dryrun", "status": "in_progress", "role": "assistant", "content": []}}',
+              '{"type": "response.content_part.added", $place, "part": {"type": "output_text", "text": "", "annotations": [], '
+              '"logprobs": []}}',
+              '{"type": "response.output_text.delta", $place, "delta": $piece, "logprobs": []}',
+              '{"type": "response.output_text.done", $place, "text": $text, "logprobs": []}',
+              '{"type": "response.content_part.done", $place, "part": $part}',
+              '{"type": "response.output_item.done", "sequence_number": $at, "output_index": 0, "item": $item}',
+              '{"type": "response.completed", "sequence_number": $at, "response": $response_whole}'), example=INPUT_EXAMPLE),
+    Shape("POST", ("/responses/compact",), '{"id": "resp_dryrun", "object": "response.compaction", "created_at": 1767225600, '
+          '"output": [{"type": "compaction", "id": "cmp_dryrun", "encrypted_content": $text}], $response_usage}',
+          example=INPUT_EXAMPLE),
+    Shape("POST", ("/embeddings",), '{"object": "list", "data": $vectors, "model": $model, "dry_run": $text, '
+          '"usage": {"prompt_tokens": 0, "total_tokens": 0}}', example=INPUT_EXAMPLE),
+    # docs.anthropic.com/en/api; its clients always send anthropic-version
+    Shape("GET", ("/models",), '{"data": [{"type": "model", "id": "dry-run", "display_name": $text, "lifecycle": "active", '
+          '"created_at": "2026-01-01T00:00:00Z"}], "has_more": false, "first_id": "dry-run", "last_id": "dry-run"}',
+          told_by="anthropic-version"),
+    Shape("GET", ("/models",), '{"object": "list", "data": [{"id": "dry-run", "object": "model", "created": 0, '
+          '"owned_by": $text}]}'),
+    Shape("POST", ("/messages",), '{$message, "content": [{"type": "text", "text": $text}], "stop_reason": "end_turn", '
+          '"usage": {"input_tokens": 0, "output_tokens": $length}}', (
+              '{"type": "message_start", "message": {$message, "content": [], "stop_reason": null, '
+              '"usage": {"input_tokens": 0, "output_tokens": 0}}}',
+              '{"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}',
+              '{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": $piece}}',
+              '{"type": "content_block_stop", "index": 0}',
+              '{"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": null}, '
+              '"usage": {"output_tokens": $length}}',
+              '{"type": "message_stop"}'), example=CHAT_EXAMPLE[:-1] + ', "max_tokens": 64}', header=ANTHROPIC_VERSION),
+    Shape("POST", ("/messages/count_tokens",), '{"input_tokens": $tokens}', example=CHAT_EXAMPLE, header=ANTHROPIC_VERSION),
+    # ai.google.dev/api/generate-content: a stream is server-sent events with alt=sse, else a JSON list
+    Shape("POST", (":generateContent",), '{"candidates": [{"content": {"role": "model", "parts": [{"text": $text}]}, "index": 0, '
+          '"finishReason": "STOP"}], $gemini}', example=CONTENT_EXAMPLE),
+    Shape("POST", (":streamGenerateContent",), "", (
+              '{"candidates": [{"content": {"role": "model", "parts": [{"text": $piece}]}, "index": 0}], $gemini}',
+              '{"candidates": [{"content": {"role": "model", "parts": [{"text": ""}]}, "index": 0, "finishReason": "STOP"}], '
+              '$gemini}'), JSON_TYPE, CONTENT_EXAMPLE),
+    # docs.ollama.com/api: a stream is the default
+    Shape("POST", ("/api/chat",), '{$ollama, "message": {"role": "assistant", "content": $text}, $ollama_end}', (
+              '{$ollama, "message": {"role": "assistant", "content": $piece}, "done": false}',
+              '{$ollama, "message": {"role": "assistant", "content": ""}, $ollama_end}'), JSON_LINES, CHAT_EXAMPLE),
+    Shape("POST", ("/api/generate",), '{$ollama, "response": $text, $ollama_end}', (
+              '{$ollama, "response": $piece, "done": false}',
+              '{$ollama, "response": "", $ollama_end}'), JSON_LINES, PROMPT_EXAMPLE),
+    # docs.cohere.com/reference/chat and …/chat-stream
+    Shape("POST", ("/v2/chat",), '{"id": "dryrun", "message": {"role": "assistant", "content": [{"type": "text", '
+          '"text": $text}]}, $cohere_end}', (
+              '{"type": "message-start", "id": "dryrun", "delta": {"message": {"role": "assistant", "content": [], '
+              '"tool_plan": "", "tool_calls": [], "citations": []}}}',
+              '{"type": "content-start", "index": 0, "delta": {"message": {"content": {"type": "text", "text": ""}}}}',
+              '{"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": $piece}}}}',
+              '{"type": "content-end", "index": 0}',
+              '{"type": "message-end", "id": "dryrun", "delta": {$cohere_end}}'), example=CHAT_EXAMPLE),
+    Shape("", ("",), '{"object": "dry_run", "message": $text}', example="{}"),
 )
 
 
-def shape_of(method: str, path: str) -> Shape:
-    return next(shape for shape in SHAPES if shape.is_of(method, path))
+def shape_of(method: str, path: str, fields: Iterable[str] = ()) -> Shape:
+    """`fields`: the names of the request's headers."""
+    return next(shape for shape in SHAPES if shape.method in ("", method) and path.endswith(shape.ends)
+                and (not shape.told_by or shape.told_by in fields))
+
+
+def filled(template: str, call: DryCall) -> str:
+    def value(word: re.Match[str]) -> str:
+        return filled(PARTS[word[1]], call) if word[1] in PARTS else json.dumps(getattr(call, word[1]))
+    return re.sub(r"\$(\w+)", value, template)
 
 
 def canned_answer(call: DryCall) -> CannedAnswer:
-    return shape_of(call.method, call.path).answer(call)
+    """What the provider's clients can read, in one piece or as the stream that they ask for."""
+    shape = shape_of(call.method, call.path, call.fields)
+    is_asked_for = call.body.get("stream", shape.kind == JSON_LINES) is True or not shape.whole
+    if not shape.stream or not is_asked_for:
+        return JSON_TYPE, [filled(shape.whole, call).encode()]
+    options = call.body.get("stream_options")
+    wants_usage = isinstance(options, dict) and options.get("include_usage")
+    steps = [(line.lstrip("?"), piece) for line in shape.stream if wants_usage or not line.startswith("?")
+             for piece in (call.pieces if "$piece" in line else [""])]
+    events = [filled(line, call._replace(piece=piece, at=at)) for at, (line, piece) in enumerate(steps)]
+    if shape.kind == JSON_LINES:
+        return JSON_LINES, [f"{event}\n".encode() for event in events]
+    if shape.kind == JSON_TYPE and "alt=sse" not in call.query.replace("$", "").split("&"):
+        return JSON_TYPE, [f"[{', '.join(events)}]".encode()]
+    # An event that has a type is called by it.
+    framed = (f"data: {event}\n\n" for event in events)
+    return EVENTS, [re.sub('^(?=data: {"type": "(.+?)")', r"event: \1\n", event).encode() for event in framed]
 
 
 # What a count is called -> what it counts. `prompt` includes what came from a cache; `input` does too where `cached` is
@@ -1819,16 +1798,20 @@ class UsageReader:
         for match in JSON_TOKEN.finditer(data, at):
             token = match[0]
             first = token[:1]
-            if first == b'"' and match[1]:
-                self._take_string(token)
+            if first == b'"' and match[1] and self._has_colon:
+                self._take_value(token)
+            elif first == b'"' and match[1]:
+                self._key = None if self._below else token[1:-1]
             elif first == b'"' and not data.startswith(b"\n", match.end()):     # cut; half an escape may stand behind it
                 self._pending = (token if len(token) <= KEY_LIMIT else b'"?') + data[match.end():]
             elif first == b'"':                                 # broken: no string holds a line's end
                 self._places = []
             elif first == b":" and match.end() == len(data):
                 self._pending = b":" + match[2][:COUNT_DIGITS + 1]
-            elif first == b":":
-                self._take_colon(match[2])
+            elif first == b":":         # without a key none of JSON's: an event's may stand on several `data:` lines
+                self._has_colon = self._key is not None
+                if self._has_colon and match[2]:
+                    self._take_value(match[2])
             elif first in (b"{", b"["):
                 self._enter(first)
             elif first != b"\n":
@@ -1840,19 +1823,6 @@ class UsageReader:
             if not self._places:
                 return match.end()
         return len(data)
-
-    def _take_string(self, token: bytes) -> None:
-        if self._has_colon:
-            self._take_value(token)
-        elif not self._below:
-            self._key = token[1:-1]
-
-    def _take_colon(self, value: bytes) -> None:
-        """Without a key it is none of JSON's: an event's JSON may stand on several `data:` lines."""
-        if self._key is not None:
-            self._has_colon = True
-            if value:
-                self._take_value(value)
 
     def _take_value(self, value: bytes) -> None:
         """Takes a number or word, a string with its quotes, or the bracket that opens a value."""
@@ -1868,13 +1838,11 @@ class UsageReader:
 
     def _enter(self, bracket: bytes) -> None:
         place = None if self._below else self._places[-1].get(self._key)
+        self._take_value(bracket)
         if isinstance(place, dict):
             self._places.append(place)
         else:
             self._below += 1
-            if place is not None:
-                self._take_value(bracket)
-        self._key, self._has_colon = None, False
 
     def _leave(self) -> None:
         if self._below:
@@ -1914,83 +1882,63 @@ def models_asked(path: str, body: Json) -> list[str | None]:
 
 def tokens_asked(body: Json) -> int:
     """The most tokens that the answer may have."""
-    def whole_numbers(names: tuple[str, ...], *places: Any) -> list[int]:
-        found: list[Any] = [place.get(name) for place in places if isinstance(place, dict) for name in names]
-        return [int(number) for number in found if type(number) in (int, float) and number >= 1 and number % 1 == 0]
-    config = body.get("generationConfig")
-    limits = whole_numbers(TOKEN_LIMIT_NAMES, body, config, body.get("inferenceConfig"))
-    return max(limits, default=TOKENS_ASKED_UNSAID) * max(whole_numbers(("n", "candidateCount"), body, config), default=1)
+    places = [place for place in (body, body.get("generationConfig"), body.get("inferenceConfig")) if isinstance(place, dict)]
+
+    def greatest(names: tuple[str, ...], unsaid: int) -> int:
+        found: list[Any] = [place.get(name) for place in places for name in names]
+        return max((int(each) for each in found if type(each) in (int, float) and each >= 1 and each % 1 == 0), default=unsaid)
+    return greatest(TOKEN_LIMIT_NAMES, TOKENS_ASKED_UNSAID) * greatest(("n", "candidateCount"), 1)
 
 
-class ClientVariables(NamedTuple):
-    """What clients read a base URL and a key from, and when they are told."""
-    paths: tuple[str, ...]              # of the allowlist, POST; `…` for any beginning or end, or
-    host: str                           # of the upstream
-    variables: dict[str, str]           # with {url} and {token}
-
-
-# As measured with each provider's own clients; some put /v1 before the path themselves.
+# What clients read a base URL and a key from, and what tells them so: a path that is allowed for POST (`…` for any beginning
+# or end), or the upstream's host. As measured with each provider's own clients; some put /v1 before the path themselves.
 CLIENT_VARIABLES = (
-    ClientVariables(("/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/completions"), "", {
-        "OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "{token}"}),
-    ClientVariables(("/v1/messages",), "", {
-        "ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{token}", "ANTHROPIC_API_KEY": "{token}"}),
-    ClientVariables(("/openai/deployments/…",), "", {"AZURE_OPENAI_ENDPOINT": "{url}", "AZURE_OPENAI_API_KEY": "{token}"}),
-    ClientVariables(("…:generateContent", "/v1/models/NAME:generateContent", "/v1beta/models/NAME:generateContent"), "", {
-        "GOOGLE_GEMINI_BASE_URL": "{url}", "GEMINI_API_KEY": "{token}"}),
-    *(ClientVariables(("…",), host, {base: url, key: "{token}"}) for host, base, url, key in (
-        ("api.groq.com", "GROQ_BASE_URL", "{url}", "GROQ_API_KEY"),
-        ("api.together.xyz", "TOGETHER_BASE_URL", "{url}", "TOGETHER_API_KEY"),
-        ("api.cerebras.ai", "CEREBRAS_BASE_URL", "{url}", "CEREBRAS_API_KEY"),
-        ("api.perplexity.ai", "PERPLEXITY_BASE_URL", "{url}", "PERPLEXITY_API_KEY"),
-        ("api.fireworks.ai", "FIREWORKS_BASE_URL", "{url}", "FIREWORKS_API_KEY"),
-        ("openrouter.ai", "OPENROUTER_BASE_URL", "{url}/api/v1", "OPENROUTER_API_KEY"),
-        ("api.mistral.ai", "MISTRAL_BASE_URL", "{url}/v1", "MISTRAL_API_KEY"),
-        ("api.cohere.com", "CO_API_URL", "{url}", "CO_API_KEY"),
-        ("api.replicate.com", "REPLICATE_BASE_URL", "{url}", "REPLICATE_API_TOKEN"),
-        ("127.0.0.1:11434", "OLLAMA_HOST", "{url}", "OLLAMA_API_KEY"),
-    )),
+    ("/v1/chat/completions /v1/responses /v1/embeddings /v1/completions",
+     "OPENAI_BASE_URL={url}/v1 OPENAI_API_BASE={url}/v1 OPENAI_API_KEY={token}"),
+    ("/v1/messages", "ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={token} ANTHROPIC_API_KEY={token}"),
+    ("/openai/deployments/…", "AZURE_OPENAI_ENDPOINT={url} AZURE_OPENAI_API_KEY={token}"),
+    ("…:generateContent /v1/models/NAME:generateContent /v1beta/models/NAME:generateContent",
+     "GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY={token}"),
+    ("api.groq.com", "GROQ_BASE_URL={url} GROQ_API_KEY={token}"),
+    ("api.together.xyz", "TOGETHER_BASE_URL={url} TOGETHER_API_KEY={token}"),
+    ("api.cerebras.ai", "CEREBRAS_BASE_URL={url} CEREBRAS_API_KEY={token}"),
+    ("api.perplexity.ai", "PERPLEXITY_BASE_URL={url} PERPLEXITY_API_KEY={token}"),
+    ("api.fireworks.ai", "FIREWORKS_BASE_URL={url} FIREWORKS_API_KEY={token}"),
+    ("openrouter.ai", "OPENROUTER_BASE_URL={url}/api/v1 OPENROUTER_API_KEY={token}"),
+    ("api.mistral.ai", "MISTRAL_BASE_URL={url}/v1 MISTRAL_API_KEY={token}"),
+    ("api.cohere.com", "CO_API_URL={url} CO_API_KEY={token}"),
+    ("api.replicate.com", "REPLICATE_BASE_URL={url} REPLICATE_API_TOKEN={token}"),
+    ("127.0.0.1:11434", "OLLAMA_HOST={url} OLLAMA_API_KEY={token}"),
 )
 
 
-def rule_serves(rule: Rule, path: str) -> bool:
-    """Whether the rule lets a POST to the path pass; `…` stands for any beginning or end of a path."""
-    if path.startswith("…"):
-        return rule.method == "POST" and rule.path.endswith(path[1:])
-    if path.endswith("…"):
-        return rule.method == "POST" and rule.path.startswith(path[:-1])
-    return rule.method == "POST" and paths_match(rule.path.split("/"), path.split("/"))
+def path_served(path: str, rule: Rule) -> bool:
+    begin, dots, end = path.partition("…")
+    if dots:
+        return rule.path.startswith(begin) and rule.path.endswith(end)
+    return paths_match(rule.segments, path.split("/"))
 
 
-def client_variables(rules: Iterable[Rule], host: str, url: str, token: str, command: str = "") -> dict[str, str]:
+def client_variables(rules: Iterable[Rule], host: str, url: str, token: str) -> dict[str, str]:
     """What points the clients that the rules serve at the broker. `host`: the upstream's, with its port if it has one."""
-    rules, host = list(rules), re.sub(r"^(?:localhost|\[::1\])(?=:)", "127.0.0.1", host.lower())
-    found = {name: value.format(url=url, token=token) for row in CLIENT_VARIABLES
-             if row.host in ("", host, host.removesuffix(":443"))
-             and any(rule_serves(rule, path) for rule in rules for path in row.paths)
-             for name, value in row.variables.items()}
-    # Claude Code asks at every start whether to use a key that it finds; for the other variable it does not.
-    if re.fullmatch(r"(?i)(?:.*[/\\])?claude(?:\.exe|\.cmd)?", command, re.S):
-        found.pop("ANTHROPIC_API_KEY", None)
-    return found
+    posts, host = [rule for rule in rules if rule.method == "POST"], re.sub(r"^(localhost|\[::1\])(?=:)", "127.0.0.1", host)
+    found = [settings for places, settings in CLIENT_VARIABLES if posts and (
+        host == places or any(path_served(path, rule) for path in places.split() for rule in posts))]
+    pairs = (setting.partition("=") for setting in " ".join(found).split())
+    return {name: value.format(url=url, token=token) for name, _, value in pairs}
 
 
 def curl_line(rules: Iterable[Rule], url: str, token_variable: str | None) -> str:
     """A first call, to be pasted into a POSIX shell: of the first rule that takes JSON, if there is one."""
-    rules = list(rules)
-    rule = next((rule for rule in rules if rule.method == "POST" and rule.type == JSON_TYPE), rules[0])
+    rule = max(rules, key=lambda rule: rule.method == "POST" and rule.type == JSON_TYPE)
     path = rule.path.replace("*", "NAME")
-    call = [f"curl {url}{path}"]
-    if token_variable:
-        call.append(f'-H "X-Broker-Token: ${token_variable}"')
+    headers = [f"X-Broker-Token: ${token_variable}"] if token_variable else []
+    more = "" if rule.method == "GET" else f" -X {rule.method}"
     if rule.method == "POST" and rule.type == JSON_TYPE:
         shape = shape_of(rule.method, path)
-        if shape.header:
-            call.append(f'-H "{shape.header}"')
-        call.append(f"""-H "Content-Type: application/json" -d '{json.dumps(shape.example)}'""")
-    elif rule.method != "GET":
-        call.append(f"-X {rule.method}")
-    return " ".join(call)
+        headers += [*filter(None, [shape.header]), "Content-Type: application/json"]
+        more = f" -d '{shape.example}'"
+    return f"curl {url}{path}" + "".join(f' -H "{header}"' for header in headers) + more
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2002,9 +1950,10 @@ def curl_line(rules: Iterable[Rule], url: str, token_variable: str | None) -> st
 PLAIN_SEGMENT = r"[A-Za-z0-9._~:@+,=\-]+"
 BASE_URL = re.compile(r"(https?)://([A-Za-z0-9](?:[A-Za-z0-9.\-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])"
                       rf"(?::([0-9]{{1,5}}))?((?:/{PLAIN_SEGMENT})*)/?", re.I)
-HOST_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._\-]*[a-z0-9])?|\[[0-9a-f:.]+\]")
+HOST_NAME = r"(?i)[a-z0-9](?:[a-z0-9._\-]*[a-z0-9])?|\[[0-9a-f:.]+\]"
+HEADER_NAME = r"[A-Za-z0-9_\-]+"
 LOOPBACK = re.compile(r"localhost|127(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}|\[::1\]")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,63}")
+NAME = r"[A-Za-z0-9][A-Za-z0-9._\-]{0,63}"
 DEFAULT_HOSTS = ["127.0.0.1", "localhost"]
 DEFAULT_NAME, DEFAULT_TOKEN_VARIABLE = "default", "BROKER_CLIENT_TOKEN"
 DEFAULT_CONFIG = "broker_config.json"
@@ -2117,14 +2066,7 @@ def a_base_url(value: Any) -> Address:
     return Address(secure, host, port, match[4])
 
 
-def some_rules(value: Any) -> list[str]:
-    """Checked as rules later, where the prefix is known."""
-    if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
-        raise ValueError('must be a non-empty list such as ["/v1/chat/completions", "GET /v1/models"]')
-    return value
-
-
-def make_rules(entries: list[str], key: str, prefix: str = "") -> Allowlist:
+def make_rules(entries: Iterable[str], key: str, prefix: str = "") -> Allowlist:
     rules = []
     for entry in entries:
         try:
@@ -2132,50 +2074,6 @@ def make_rules(entries: list[str], key: str, prefix: str = "") -> Allowlist:
         except ValueError as error:
             raise ValueError(f'"{key}" has the entry {json.dumps(entry)[:200]}: {error}') from None
     return Allowlist(rules)
-
-
-def some_headers(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError('must be an object such as {"anthropic-version": "2023-06-01"}')
-    for name, content in value.items():
-        if not HEADER_NAME.fullmatch(name) or not isinstance(content, str) or not re.fullmatch(r"[ -~]*", content):
-            raise ValueError(f"has the header {name!r}: it needs a name of letters, digits and -, and a printable ASCII value")
-        plain = [other.lower().replace("_", "-") for other in value]
-        if BROKER_HEADERS.has(name.lower().replace("_", "-")) or plain.count(name.lower().replace("_", "-")) > 1:
-            raise ValueError(f"has the header {name!r}, which is there twice or is the broker's own to set")
-    return {name: content.strip() for name, content in value.items()}
-
-
-def a_credential_header(value: Any) -> str:
-    if not isinstance(value, str) or not HEADER_NAME.fullmatch(value) or BROKER_HEADERS.has(value.lower().replace("_", "-")):
-        raise ValueError('must be the name of a header for a credential, such as "Authorization" or "x-api-key"')
-    return value
-
-
-def some_variables(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError('must be an object such as {"MY_BASE_URL": "{url}/v1"}')
-    for name, content in value.items():
-        if not re.fullmatch(VARIABLE, name) or not isinstance(content, str) or "\0" in content:
-            raise ValueError(f"has the variable {name!r}: it needs a name of letters, digits and _, and a text")
-        if name.upper().startswith("BROKER_"):
-            raise ValueError(f"has the variable {name!r}: those that begin with BROKER_ are the broker's own to set")
-    return value
-
-
-def some_hosts(value: Any) -> frozenset[str]:
-    if not isinstance(value, list) or not value or not all(
-            isinstance(host, str) and HOST_NAME.fullmatch(host.lower()) for host in value):
-        raise ValueError('must be a non-empty list of host names without a port, such as ["127.0.0.1", "localhost"]')
-    return frozenset(host.lower() for host in value)
-
-
-def some_words(meaning: str) -> Check:
-    def check(value: Any) -> Any:
-        if not isinstance(value, list) or not value or not all(isinstance(word, str) and word for word in value):
-            raise ValueError(f"must be a non-empty list of {meaning}")
-        return tuple(value)
-    return check
 
 
 def a_variable_or_null(value: Any) -> Any:
@@ -2186,64 +2084,54 @@ def a_variable_or_null(value: Any) -> Any:
 def a_moment(value: Any) -> datetime:
     """RFC 3339 with an offset."""
     form = r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.\d+)?(?:[Zz]|([+\-]\d\d:\d\d))"
-    match = re.fullmatch(form, value, re.ASCII) if isinstance(value, str) else None
-    try:
-        if match is None:
-            raise ValueError
-        return datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}")
-    except ValueError:
-        raise ValueError('must be a date and time with an offset, such as "2027-01-31T18:00:00+01:00"') from None
-
-
-def some_named(value: Any) -> dict[str, Any]:
-    """`upstreams`, `clients`; the members are checked later, with their names in the errors."""
-    if not isinstance(value, dict) or not value:
-        raise ValueError("must be a non-empty object: a name for each, and its own object")
-    for name, members in value.items():
-        if not NAME.fullmatch(name):
-            raise ValueError(f"has the name {json.dumps(name)[:80]}: 1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first")
-        if not isinstance(members, dict):
-            raise ValueError(f"has {name}, which must be an object")
-    return value
+    match = re.fullmatch(form, str(value), re.ASCII)
+    with contextlib.suppress(ValueError):
+        if match is not None:
+            return datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}")
+    raise ValueError('must be a date and time with an offset, such as "2027-01-31T18:00:00+01:00"')
 
 
 A_LIMIT = a_number(1, 10 ** 12, whole=True)
+RULES = a_list(r"(?s).*", 'rules such as "/v1/chat/completions" and "GET /v1/models"')      # looked at with their prefix
+NAMED_PARTS = a_map(NAME, None, "a non-empty object of objects; each has a name, of at most 64 of A-Z a-z 0-9 . _ -, a letter or "
+                    "digit first")
 UPSTREAM_KEYS: dict[str, tuple[Any, Check]] = {
     "base_url": (REQUIRED, a_base_url),
     "prefix": ("", a_text(rf"(?:(?:/(?!\.\.?(?:/|$)){PLAIN_SEGMENT})+)?", 'a path such as "/github", no slash at its end')),
-    "allowed_paths": (REQUIRED, some_rules),
+    "allowed_paths": (REQUIRED, RULES),
     "secret_source": (REQUIRED, a_secret_source),
-    "auth_header": ("Authorization", a_credential_header),
+    "auth_header": ("Authorization", a_text(HEADER_NAME, 'the name of a header, such as "Authorization" or "x-api-key"')),
     "auth_scheme": ("Bearer", a_text(r"[!-~]*", 'one word such as "Bearer", or "" for none')),
-    "extra_headers": ({}, some_headers),
-    "environment": ({}, some_variables),
+    "extra_headers": ({}, a_map(HEADER_NAME, r"[ -~]*", 'an object such as {"anthropic-version": "2023-06-01"}: names of '
+                                "letters, digits and -, values of printable ASCII")),
+    "environment": ({}, a_map(f"(?!(?i:BROKER_)){VARIABLE}", r"[^\0]*", 'an object such as {"MY_BASE_URL": "{url}/v1"}: names '
+                              "of letters, digits and _ that don't begin with BROKER_, and texts")),
 }
 CLIENT_KEYS: dict[str, tuple[Any, Check]] = {
     "token_env": (REQUIRED, a_text(VARIABLE, "the name of an environment variable that holds this client's token")),
-    "upstreams": (None, some_words("names of upstreams")),
-    "allowed_paths": (None, some_rules),
-    "allowed_models": (None, some_words('patterns such as "gpt-4o-mini*"')),
+    "upstreams": (None, a_list("(?s).+", "names of upstreams")),
+    "allowed_paths": (None, RULES),
+    "allowed_models": (None, a_list("(?s).+", 'patterns such as "gpt-4o-mini*"')),
     "requests_per_minute": (None, A_LIMIT),
     "max_concurrent_requests": (None, A_LIMIT),
     "tokens_per_day": (None, A_LIMIT),
     "expires": (None, a_moment),
 }
-# The short form has an upstream's keys at the top, but for its prefix, and one of them under another name.
-SHORT_UPSTREAM_KEYS = {"upstream_base_url" if key == "base_url" else key: row for key, row in UPSTREAM_KEYS.items()
-                       if key != "prefix"}
+# What the short form, which has no prefix, calls an upstream's keys at the top.
+SHORT_NAMES = {key: "upstream_base_url" if key == "base_url" else key for key in UPSTREAM_KEYS if key != "prefix"}
 KEYS: dict[str, tuple[Any, Check]] = {
     "listen_host": ("127.0.0.1", a_text(r"127\.0\.0\.1", 'exactly "127.0.0.1": the broker is not for other machines')),
     "listen_port": (8791, a_number(0, 65535, whole=True)),
     "mode": ("proxy", a_text("proxy|dry_run", '"proxy" or "dry_run"')),
-    **SHORT_UPSTREAM_KEYS,
+    **{short: UPSTREAM_KEYS[key] for key, short in SHORT_NAMES.items()},
     "client_token_env": (REQUIRED, a_variable_or_null),
-    "upstreams": (None, some_named),
-    "clients": (None, some_named),
-    "allowed_hosts": (DEFAULT_HOSTS, some_hosts),
+    "upstreams": (None, NAMED_PARTS),
+    "clients": (None, NAMED_PARTS),
+    "allowed_hosts": (DEFAULT_HOSTS, a_list(HOST_NAME, 'host names without a port, such as "127.0.0.1" and "localhost"')),
     "max_request_bytes": (32 * MIB, a_number(1, BUFFERED_LIMIT, whole=True)),
     "upstream_timeout_seconds": (600, SECONDS),
     "max_concurrent_requests": (128, a_number(1, 10000, whole=True)),
-    "event_log": ("events.jsonl", a_text(r"[^\0\ud800-\udfff]+", "the path of a file")),
+    "event_log": ("events.jsonl", A_PATH),
 }
 
 
@@ -2294,18 +2182,18 @@ def strict_json(data: bytes) -> Any:
 
 
 def make_upstream(name: str, values: dict[str, Any], key: str) -> UpstreamConfig:
-    """From the checked values of its keys. `key`: what its own keys are called in an error."""
+    """From the checked values of its keys, in their order. `key`: what its own keys are called in an error."""
     own = [header.lower().replace("_", "-") for header in (values["auth_header"], *values["extra_headers"])]
-    if own[0] in own[1:]:
-        raise ValueError(f'"{key}extra_headers" has the name of "{key}auth_header": leave it out there')
-    return UpstreamConfig(
-        name, values["base_url"], values["prefix"], make_rules(values["allowed_paths"], f"{key}allowed_paths", values["prefix"]),
-        values["secret_source"], values["auth_header"], values["auth_scheme"], values["extra_headers"], values["environment"],
-        frozenset(own))
+    for at, header in enumerate(own):
+        if BROKER_HEADERS.has(header) or header in own[:at]:
+            raise ValueError(f'"{key}{"extra_headers" if at else "auth_header"}" names {header}, which the broker sets itself, '
+                             "or which is there already: leave it out, or name another")
+    rules = make_rules(values["allowed_paths"], f"{key}allowed_paths", values["prefix"])
+    return UpstreamConfig._make((name, *{**values, "allowed_paths": rules}.values(), frozenset(own)))
 
 
 def make_client(name: str, values: dict[str, Any], upstreams: Iterable[UpstreamConfig], key: str) -> ClientConfig:
-    """From the checked values of its keys. Raises ValueError for a rule that no request could ever match."""
+    """From the checked values of its keys, in their order. Raises ValueError for a rule that no request could ever match."""
     known = [upstream.name for upstream in upstreams]
     for unknown in (each for each in values["upstreams"] or () if each not in known):
         raise ValueError(f'"{key}upstreams" has {json.dumps(unknown[:64])}, which "upstreams" has not: known are '
@@ -2317,15 +2205,14 @@ def make_client(name: str, values: dict[str, Any], upstreams: Iterable[UpstreamC
         if not any(rule.meets(other) and rule.type == other.type for other in theirs):
             raise ValueError(f'"{key}allowed_paths" has the entry "{rule.text}", which no request could ever match: no rule of '
                              f'{", ".join(chosen)} lets it through; write the path as the caller does, prefix included')
-    return ClientConfig(name, values["token_env"], chosen, rules, values["allowed_models"], values["requests_per_minute"],
-                        values["max_concurrent_requests"], values["tokens_per_day"], values["expires"])
+    return ClientConfig._make((name, *{**values, "upstreams": chosen, "allowed_paths": rules}.values()))
 
 
-def make_parts(raw: dict[str, Any], values: dict[str, Any]) -> tuple[tuple[UpstreamConfig, ...], tuple[ClientConfig, ...]]:
+def make_parts(values: dict[str, Any]) -> tuple[tuple[UpstreamConfig, ...], tuple[ClientConfig, ...]]:
     """All upstreams and clients, from either form. Raises ValueError."""
     if values["upstreams"] is None:
-        short = {key: values["upstream_base_url" if key == "base_url" else key] for key in UPSTREAM_KEYS if key != "prefix"}
-        upstreams = [make_upstream(DEFAULT_NAME, {**short, "prefix": ""}, "")]
+        short = {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
+        upstreams = [make_upstream(DEFAULT_NAME, short, "")]
     else:
         upstreams = [make_upstream(name, checked_members(members, UPSTREAM_KEYS, f"upstreams.{name}."), f"upstreams.{name}.")
                      for name, members in values["upstreams"].items()]
@@ -2339,14 +2226,13 @@ def make_parts(raw: dict[str, Any], values: dict[str, Any]) -> tuple[tuple[Upstr
 
 def keys_for(raw: dict[str, Any], dry_run: bool) -> dict[str, tuple[Any, Check]]:
     """KEYS as the forms of this file need them. Raises ValueError where it mixes the two."""
-    table, unneeded = dict(KEYS), (None, lambda value: value)
-    for long, short in (("upstreams", list(SHORT_UPSTREAM_KEYS)), ("clients", ["client_token_env"])):
-        if long in raw:
-            for key in short:
-                if key in raw:
-                    raise ValueError(f'"{long}" and "{key}" are both there: keep "{long}" and move "{key}" into it, or keep the '
-                                     f'short form and leave out "{long}"')
-                table[key] = unneeded
+    table = dict(KEYS)
+    for long, short in (("upstreams", [*SHORT_NAMES.values()]), ("clients", ["client_token_env"])):
+        for key in short if long in raw else ():
+            if key in raw:
+                raise ValueError(f'"{long}" and "{key}" are both there: keep "{long}" and move "{key}" into it, or keep the '
+                                 f'short form and leave out "{long}"')
+            table[key] = (None, table[key][1])
     if dry_run and "clients" not in raw:
         table["client_token_env"] = (DEFAULT_TOKEN_VARIABLE, a_variable_or_null)
     return table
@@ -2400,14 +2286,12 @@ def load_config(file: str, dry_run: bool = False, port: int | None = None) -> Co
         if not isinstance(raw, dict):
             raise InvalidJson("it is not one object: start from broker_config.example.json")
         dry_run = dry_run or raw.get("mode") == "dry_run"
-        values = checked_members({key: value for key, value in raw.items()}, keys_for(raw, dry_run))
-        for key in ("upstreams", "clients"):
-            if key in raw and raw[key] is None:
-                raise ValueError(f'"{key}" must be a non-empty object')
-        upstreams, clients = make_parts(raw, values)
+        values = checked_members(raw, keys_for(raw, dry_run))
+        upstreams, clients = make_parts(values)
         config = Config(file, raw, values["listen_port"] if port is None else port, dry_run, upstreams, clients,
-                        values["allowed_hosts"], values["max_request_bytes"], values["upstream_timeout_seconds"],
-                        values["max_concurrent_requests"], os.path.join(os.path.dirname(file), values["event_log"]))
+                        frozenset(map(str.lower, values["allowed_hosts"])), values["max_request_bytes"],
+                        values["upstream_timeout_seconds"], values["max_concurrent_requests"],
+                        os.path.join(os.path.dirname(file), values["event_log"]))
         check_together(config)
         return config
     except OSError as error:
@@ -3336,7 +3220,7 @@ def find_proxy(address: Address) -> Proxy | None:
         parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         host, port = parts.hostname or "", parts.port or 80
         # urllib would speak to an https:// proxy in plain text.
-        if parts.scheme != "http" or not HOST_NAME.fullmatch(f"[{host}]" if ":" in host else host):
+        if parts.scheme != "http" or not is_text(f"[{host}]" if ":" in host else host, HOST_NAME):
             raise ValueError
         if parts.username is None:
             return Proxy(host, port, "")
@@ -4480,43 +4364,43 @@ class Signals:
     HANG_UP, QUIT = getattr(signal, "SIGHUP", None), getattr(signal, "SIGQUIT", None)
 
     def __init__(self, serves: bool) -> None:
-        self.raising, self._serves = True, serves
-        self._arrived: collections.deque[int] = collections.deque()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        self._has_terminal = has_terminal()
-        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        self.raising, self._serves, self._has_terminal = True, serves, has_terminal()
+        self._arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()     # the one kind that a handler may put into
         for number in (getattr(signal, name) for name in self.NAMES):
             INHERITED_SIGNALS[number] = signal.signal(number, self._take)
 
     def _take(self, number: int, frame: Any) -> None:
         if not self.raising or (self._serves and self.is_reload(number)):
-            self._arrived.append(number)
+            self._arrived.put(number)
         else:
             self.raising = False            # one is enough: the next must not interrupt the way out
             raise KeyboardInterrupt(number)
 
     def wake(self) -> None:
         """Makes `next` return. May be called from any thread."""
-        with contextlib.suppress(OSError):
-            self._wake_writer.send(b"\0")
+        self._arrived.put(None)
 
     def next(self, seconds: float) -> int | None:
         """The next one, or None after so many seconds."""
-        if not self._arrived and select.select([self._wake_reader], [], [], seconds)[0]:
-            self._wake_reader.recv(4096)
-        return self._arrived.popleft() if self._arrived else None
+        with contextlib.suppress(queue.Empty):
+            return self._arrived.get(timeout=seconds)
+        return None
 
     def is_reload(self, number: int | None) -> bool:
         """SIGHUP, but for that of a terminal that is gone (`nohup` ignores that one, and so do we)."""
         ignored = INHERITED_SIGNALS.get(number or 0) == signal.SIG_IGN
         return number is not None and number == self.HANG_UP and (ignored or not self._has_terminal or has_terminal())
 
-    def close(self) -> None:
-        signal.set_wakeup_fd(-1)
-        self._wake_reader.close()
-        self._wake_writer.close()
+
+def exchange_limits(limits: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """Sets the process's limits; returns what they were."""
+    before = {}
+    for limit, values in limits.items():
+        import resource
+        before[limit] = resource.getrlimit(limit)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(limit, values)
+    return before
 
 
 @contextlib.contextmanager
@@ -4525,21 +4409,13 @@ def as_inherited() -> Iterator[None]:
 
     Not by preexec_fn: that would run Python in a forked copy of a process with threads.
     """
-    ignored = [number for number, handler in INHERITED_SIGNALS.items() if handler == signal.SIG_IGN]
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
-    ours = {}
-    if INHERITED_LIMITS:
-        import resource
-        for limit, values in INHERITED_LIMITS.items():
-            ours[limit] = resource.getrlimit(limit)
-            with contextlib.suppress(OSError, ValueError):
-                resource.setrlimit(limit, values)
+    handlers = {number: signal.signal(number, signal.SIG_IGN)
+                for number, handler in INHERITED_SIGNALS.items() if handler == signal.SIG_IGN}
+    limits = exchange_limits(INHERITED_LIMITS)
     try:
         yield
     finally:
-        for limit, values in ours.items():
-            with contextlib.suppress(OSError, ValueError):
-                resource.setrlimit(limit, values)
+        exchange_limits(limits)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -4557,23 +4433,20 @@ def rules_of(client: ClientConfig, upstream: UpstreamConfig) -> list[Rule]:
     return found
 
 
-def variables_for(config: Config, client: ClientConfig, url: str, token: str, command: str = "") -> dict[str, str]:
+def variables_for(config: Config, client: ClientConfig, url: str, token: str) -> dict[str, str]:
     """What points a client's SDKs at the broker. Raises ConfigError where one variable would need two values."""
     found: dict[str, tuple[str, UpstreamConfig]] = {}
-    upstreams = sorted(config.upstreams_of(client), key=lambda upstream: len(upstream.prefix))
+    upstreams = config.upstreams_of(client)[::-1]
+    set_for_it = {name: text.replace("{url}", url + upstream.prefix).replace("{token}", token)
+                  for upstream in upstreams for name, text in upstream.environment.items()}
     for upstream in upstreams:
-        theirs = client_variables(rules_of(client, upstream), upstream.address.authority, url + upstream.prefix, token, command)
+        theirs = client_variables(rules_of(client, upstream), upstream.address.authority, url + upstream.prefix, token)
         for name, value in theirs.items():
             known, other = found.setdefault(name, (value, upstream))
-            explicit = any(name in each.environment for each in upstreams)
-            if known != value and other.prefix and not explicit:
+            if known != value and other.prefix and name not in set_for_it:
                 raise ConfigError(f'{config.file}: "upstreams.{other.name}" and "upstreams.{upstream.name}" give the variable '
                                   f'{name} two values for the client {client.name}: set it in "environment" of one of them')
-    variables = {name: value for name, (value, _) in found.items()}
-    for upstream in upstreams:
-        variables.update({name: text.replace("{url}", url + upstream.prefix).replace("{token}", token)
-                          for name, text in upstream.environment.items()})
-    return variables
+    return {**{name: value for name, (value, _) in found.items()}, **set_for_it}
 
 
 def environment_for(config: Config, run_as: RunAs, url: str, command: str) -> dict[str, str]:
@@ -4583,7 +4456,8 @@ def environment_for(config: Config, run_as: RunAs, url: str, command: str) -> di
     environment = {name: value for name, value in os.environ.items()
                    if name not in HIDDEN_VARIABLES and value.rstrip("\r\n") not in hidden}
     client = next(client for client in config.clients if client.name == run_as.client)
-    environment.update(variables_for(config, client, url, run_as.token, command))
+    environment.update(variables_for(config, client, url, run_as.token))
+    # Claude Code asks at every start whether to use a key that it finds; for ANTHROPIC_AUTH_TOKEN it does not.
     if re.fullmatch(r"(?i)claude(?:\.\w+)?", os.path.basename(command)):
         environment.pop("ANTHROPIC_API_KEY", None)
     environment.update(BROKER_URL=url, BROKER_CLIENT_TOKEN=run_as.token)
@@ -4618,10 +4492,11 @@ def proxy_warnings(config: Config) -> Iterator[str]:
                    "there twice: leave it out of one of them")
 
 
-def describe(config: Config, upstreams: Iterable[Upstream | DryRun]) -> Iterator[str]:
+def describe(state: State) -> Iterator[str]:
     """What is allowed, in plain words: the lines that --check and a start have in common."""
+    config = state.config
     yield f"mode: {config.mode}" + (" (no secret is read, nothing is sent)" if config.dry_run else "")
-    for upstream in upstreams:
+    for upstream in state.upstreams.values():
         name = f"upstream {upstream.config.name}" if len(config.upstreams) > 1 else "upstream"
         yield f"{name}: {upstream.config.address.url}, with {upstream.config.describe_credential()}"
         for rule in upstream.config.rules:
@@ -4634,23 +4509,25 @@ def describe(config: Config, upstreams: Iterable[Upstream | DryRun]) -> Iterator
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         if os.environ.get(name) and not config.dry_run and any(upstream.address.secure for upstream in config.upstreams):
             yield f"trust store from the environment: {name}={os.path.abspath(os.environ[name])}"
+    for client in config.clients:
+        shown = client.name in state.shown_tokens
+        yield from (f"client {client.name}: {line}" for line in describe_client(config, client, shown))
 
 
-def describe_client(config: Config, client: ClientConfig, shown: dict[str, str]) -> Iterator[str]:
-    """What one client may do, for --check and a start."""
-    token = ("none: any program on this machine may use the key" if client.token_env is None else
-             "a random one for each run" if client.name in shown else f"from environment variable {client.token_env}")
-    yield f"client {client.name}: caller token: {token}"
+def describe_client(config: Config, client: ClientConfig, is_shown: bool) -> Iterator[str]:
+    """What one client may do."""
+    yield "caller token: " + ("none: any program on this machine may use the key" if client.token_env is None else
+                              "a random one for each run" if is_shown else f"from environment variable {client.token_env}")
     if client.rules is not None or len(client.upstreams) < len(config.upstreams):
         for rule in Caller(client, None, config.upstreams_of(client)).rules:
-            yield f"client {client.name}: may ask for {rule.text}"
+            yield f"may ask for {rule.text}"
     if client.models is not None:
-        yield f"client {client.name}: models: {', '.join(client.models)}"
+        yield f"models: {', '.join(client.models)}"
     for name, limit in client.limits.items():
-        yield f"client {client.name}: {name}: {limit}"
+        yield f"{name}: {limit}"
     if client.expires is not None:
         over = " (over)" if client.expires <= datetime.now(timezone.utc) else ""
-        yield f"client {client.name}: expires: {client.expires.isoformat()}{over}"
+        yield f"expires: {client.expires.isoformat()}{over}"
 
 
 def paste_lines(state: State, url: str) -> Iterator[str]:
@@ -4667,9 +4544,16 @@ def paste_lines(state: State, url: str) -> Iterator[str]:
             yield f"export {' '.join(f'{name}={value}' for name, value in settings.items())}"
 
 
-def log_failure(config: Config, error: OSError) -> OperationalError:
-    return OperationalError(f'{config.file}: "event_log": {config.event_log} can\'t be written or read ({error.strerror}): mend '
-                            "that, or name another file")
+@contextlib.contextmanager
+def start_failures(config: Config) -> Iterator[None]:
+    """What may fail of the log, the ledger and the secrets, as an OperationalError."""
+    try:
+        yield
+    except SecretUnavailable as error:
+        raise OperationalError(f"{config.file}: {error}") from None
+    except OSError as error:
+        raise OperationalError(f'{config.file}: "event_log": {config.event_log} can\'t be written or read ({error.strerror}): '
+                               "mend that, or name another file") from None
 
 
 def prepare(config: Config, run_as: RunAs | None) -> tuple[State, list[str]]:
@@ -4678,10 +4562,7 @@ def prepare(config: Config, run_as: RunAs | None) -> tuple[State, list[str]]:
     unguarded = guard_process()
     if run_as is not None:
         HIDDEN.add(run_as.client, run_as.token, in_answers=False)
-    try:
-        state = make_state(config, {}, run_as)
-    except SecretUnavailable as error:
-        raise OperationalError(f'{config.file}: "secret_source": the secret is not available: {error}') from None
+    state = make_state(config, {}, run_as)
     if not config.dry_run:
         warnings += [*proxy_warnings(config), *unguarded]
     return state, warnings
@@ -4692,26 +4573,16 @@ def open_server(state: State) -> Server:
     config = state.config
     server = Server(state, EventLog(config.event_log, config.has_budgets))
     try:
-        server.log.open()
-        server.load_ledger(config)
-        state.resolve_secrets()
-        server.log.append("start", server.lifecycle)
+        with start_failures(config):
+            server.log.open()
+            server.load_ledger(config)
+            state.resolve_secrets()
+            server.log.append("start", server.lifecycle)
         return server
-    except BaseException as error:
+    except BaseException:
         server.server_close()
         server.log.close()
-        if isinstance(error, OSError):
-            raise log_failure(config, error) from None
-        if isinstance(error, SecretUnavailable):
-            raise OperationalError(f"{config.file}: {error}") from None
         raise
-
-
-def describe_all(state: State) -> Iterator[str]:
-    yield from describe(state.config, state.upstreams.values())
-    if state.config.raw.get("clients") is not None:
-        for client in state.config.clients:
-            yield from describe_client(state.config, client, state.shown_tokens)
 
 
 def end_at_once(number: int) -> NoReturn:
@@ -4775,30 +4646,27 @@ def run_command(command: list[str], server: Server, signals: Signals, reload: Ca
 def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
     """Serves until a signal, or for as long as the command runs."""
     signals = Signals(serves=True)
-    try:
-        give_memory_back()
-        state, warnings = prepare(config, run_as)
-        server = open_server(state)
-        signals.raising = False
-        threading.Thread(target=server.serve_forever, args=(LOOK_SECONDS,), daemon=True).start()
+    give_memory_back()
+    state, warnings = prepare(config, run_as)
+    server = open_server(state)
+    signals.raising = False
+    threading.Thread(target=server.serve_forever, args=(LOOK_SECONDS,), daemon=True).start()
 
-        def reload() -> None:
-            shown = server.state.shown_tokens
-            server.reload(lambda new: make_state(new, shown, run_as))
-        if run_as is not None:
-            code = run_command(command, server, signals, reload, environment_for(config, run_as, server.url, command[0]))
-        else:
-            for line in (*(f"broker: warning: {warning}" for warning in warnings),
-                         f"broker {__version__} listens on {server.url}", *(f"  {line}" for line in describe_all(state)),
-                         "Stop it with Ctrl-C. To paste into another shell:",
-                         *(f"  {line}" for line in paste_lines(state, server.url))):
-                say(line)
-            server.shows_requests = sys.stderr is not None and sys.stderr.isatty()
-            code = serve_until_stopped(server, signals, reload)
-        server.end()
-        return code
-    finally:
-        signals.close()
+    def reload() -> None:
+        shown = server.state.shown_tokens
+        server.reload(lambda new: make_state(new, shown, run_as))
+    if run_as is not None:
+        code = run_command(command, server, signals, reload, environment_for(config, run_as, server.url, command[0]))
+    else:
+        for line in (*(f"broker: warning: {warning}" for warning in warnings),
+                     f"broker {__version__} listens on {server.url}", *(f"  {line}" for line in describe(state)),
+                     "Stop it with Ctrl-C. To paste into another shell:",
+                     *(f"  {line}" for line in paste_lines(state, server.url))):
+            say(line)
+        server.shows_requests = sys.stderr is not None and sys.stderr.isatty()
+        code = serve_until_stopped(server, signals, reload)
+    server.end()
+    return code
 
 
 def check_upstream(upstream: Upstream) -> str:
@@ -4820,92 +4688,68 @@ def check_upstream(upstream: Upstream) -> str:
 
 def run_check(config: Config) -> int:
     """--check: all that a start does, but for the port and files; says it in plain words."""
-    signals = Signals(serves=False)
-    try:
-        state, warnings = prepare(config, None)
+    Signals(serves=False)
+    state, warnings = prepare(config, None)
+    with start_failures(config):
+        EventLog(config.event_log, False).check()
+        if config.has_budgets:
+            used_today(config.event_log)
+        state.resolve_secrets()
+    for line in (f"{config.file} is valid", *describe(state), f"listens on: http://127.0.0.1:{config.listen_port}",
+                 f"hosts a caller may use: {', '.join(sorted(config.allowed_hosts))}", f"event log: {config.event_log}",
+                 *(f"warning: {warning}" for warning in warnings)):
+        print(printable(line))
+    for upstream in state.upstreams.values():
+        if isinstance(upstream, Upstream):
+            if upstream.config.source.kind != "none":
+                print(f"the secret of {upstream.config.name} was resolved")
+            print(printable(check_upstream(upstream)))
+    return 0
+
+
+REPORT_KEYS = ("day", "client", "path", "model")
+HARMLESS_OUTCOMES = ("ok", "dry_run", "client_disconnected")
+Rows = dict[tuple[str, ...], Json]      # by the values of REPORT_KEYS; `durations` is there until they are all known
+
+
+def add_event(rows: Rows, pending: dict[str, tuple[str, ...]], event: Json) -> None:
+    """`pending`: requests without their response yet. Raises what an event that is not ours may cause."""
+    kind, key = event["event"], (str(event["time"])[:10], *(str(event.get(name) or "-") for name in REPORT_KEYS[1:]))
+    if kind == "request":
+        pending[str(event["id"])] = key
+        rows[key]["requests"] += 1
+    elif kind == "denied":
+        count = int(event.get("suppressed", 0)) + ("id" in event)      # the line at the stop only carries a count
+        rows[key]["denied"][str(event["reason"])] += count
+    elif kind == "response":
+        duration, usage = float(event["duration_ms"]), event["usage"] or {}
+        tokens = {name: int(usage.get(name, 0)) for name in ("input_tokens", "output_tokens")}
+        row = rows[pending.pop(str(event["id"]), key)]
+        row["errors"] += event["outcome"] not in HARMLESS_OUTCOMES
+        row["durations"].append(duration)
+        row.update({name: row[name] + count for name, count in tokens.items()})
+
+
+def report_rows(path: str) -> tuple[list[Json], int]:
+    """(a row a day, client, path and model; the number of lines that can't be read) of an event log. Raises OSError."""
+    rows: Rows = collections.defaultdict(lambda: {
+        "requests": 0, "denied": collections.Counter(), "errors": 0, "p50_ms": None, "p95_ms": None, "input_tokens": 0,
+        "output_tokens": 0, "durations": []})
+    pending: dict[str, tuple[str, ...]] = {}
+    unreadable = 0
+    for event in read_events(path):
         try:
-            EventLog(config.event_log, False).check()
-            used_today(config.event_log) if config.has_budgets else None
-        except OSError as error:
-            raise log_failure(config, error) from None
-        try:
-            state.resolve_secrets()
-        except SecretUnavailable as error:
-            raise OperationalError(f"{config.file}: {error}") from None
-        clients = [line for client in config.clients for line in describe_client(config, client, state.shown_tokens)]
-        for line in (f"{config.file} is valid", *describe(config, state.upstreams.values()),
-                     f"listens on: http://127.0.0.1:{config.listen_port}", *clients,
-                     f"hosts a caller may use: {', '.join(sorted(config.allowed_hosts))}", f"event log: {config.event_log}",
-                     *(f"warning: {warning}" for warning in warnings)):
-            print(printable(line))
-        for upstream in state.upstreams.values():
-            if isinstance(upstream, Upstream):
-                if upstream.config.source.kind != "none":
-                    print(f"the secret of {upstream.config.name} was resolved" if len(state.upstreams) > 1 else
-                          "the secret was resolved")
-                print(printable(check_upstream(upstream)))
-        return 0
-    finally:
-        signals.close()
+            add_event(rows, pending, event or {})
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            unreadable += 1
+    for row in rows.values():
+        durations = sorted(row.pop("durations"))
+        for percent in (50, 95) if durations else ():       # by nearest rank: the smallest that so many do not exceed
+            row[f"p{percent}_ms"] = durations[-(-len(durations) * percent // 100) - 1]
+    return [{**dict(zip(REPORT_KEYS, key)), **row} for key, row in sorted(rows.items())], unreadable
 
 
-class Tally:
-    """A row of the report."""
-
-    def __init__(self) -> None:
-        self.requests = self.errors = self.input_tokens = self.output_tokens = 0
-        self.denied: collections.Counter[str] = collections.Counter()
-        self.durations: list[float] = []
-
-
-RowKey = tuple[str, str, str, str]      # day, client, path, model
-
-
-class Report:
-    """The event log, summed up."""
-
-    HARMLESS_OUTCOMES = ("ok", "dry_run", "client_disconnected")
-
-    def __init__(self) -> None:
-        self.rows: dict[RowKey, Tally] = collections.defaultdict(Tally)
-        self.unreadable = 0
-        self._pending: dict[str, RowKey] = {}       # requests without their response yet
-
-    def read(self, path: str) -> None:
-        """Raises OSError."""
-        for event in read_events(path):
-            try:
-                if event is None:
-                    raise ValueError
-                self._add(event)
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-                self.unreadable += 1
-
-    def _add(self, event: dict[str, Any]) -> None:
-        kind, day = event["event"], str(event["time"])[:10]
-        key = day, str(event.get("client") or "-"), str(event.get("path") or "-"), str(event.get("model") or "-")
-        if kind == "request":
-            self._pending[str(event["id"])] = key
-            self.rows[key].requests += 1
-        elif kind == "denied":
-            count = int(event.get("suppressed", 0)) + ("id" in event)      # the line at the stop only carries a count
-            self.rows[key].denied[str(event["reason"])] += count
-        elif kind == "response":
-            duration, usage = float(event["duration_ms"]), event["usage"] or {}
-            tokens = int(usage.get("input_tokens", 0)), int(usage.get("output_tokens", 0))
-            row = self.rows[self._pending.pop(str(event["id"]), key)]
-            row.errors += event["outcome"] not in self.HARMLESS_OUTCOMES
-            row.durations.append(duration)
-            row.input_tokens += tokens[0]
-            row.output_tokens += tokens[1]
-
-
-def nearest_rank(values: list[float], percent: int) -> float | None:
-    """The smallest value that `percent` of all do not exceed."""
-    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)] if values else None
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[Json]) -> None:
     def cell(value: Any) -> str:
         if isinstance(value, dict):
             value = " ".join(f"{reason}:{count}" for reason, count in sorted(value.items())) or "0"
@@ -4920,16 +4764,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def report(config: Config, as_json: bool) -> int:
     """--report: the event log as a table, or as objects for programs; then today's share of each budget."""
-    found = Report()
     try:
-        found.read(config.event_log)
+        rows, unreadable = report_rows(config.event_log)
         used = used_today(config.event_log)[0] if config.has_budgets else {}
     except OSError as error:
         raise OperationalError(f"{config.event_log} can't be read ({error.strerror}): has the broker run yet?") from None
-    rows = [{"day": day, "client": client, "path": path, "model": model, "requests": row.requests, "denied": dict(row.denied),
-             "errors": row.errors, "p50_ms": nearest_rank(row.durations, 50), "p95_ms": nearest_rank(row.durations, 95),
-             "input_tokens": row.input_tokens, "output_tokens": row.output_tokens}
-            for (day, client, path, model), row in sorted(found.rows.items())]
     shares = [{"client": client.name, "day": utc_day(), "tokens_per_day": client.tokens_per_day, "used": used.get(client.name, 0)}
               for client in config.clients if client.tokens_per_day is not None]
     if as_json:
@@ -4939,8 +4778,8 @@ def report(config: Config, as_json: bool) -> int:
         print_table(rows)
         for share in shares:
             print(printable("{client} has used {used} of {tokens_per_day} tokens on {day} (UTC)".format(**share)))
-    if found.unreadable:
-        print(f"{found.unreadable} lines could not be read", file=sys.stderr if as_json else sys.stdout)
+    if unreadable:
+        print(f"{unreadable} lines could not be read", file=sys.stderr if as_json else sys.stdout)
     return 0
 
 
@@ -4988,10 +4827,9 @@ def parse_arguments(argv: list[str]) -> tuple[Any, list[str]]:
 def run_as_whom(config: Config, name: str | None) -> RunAs:
     """The client that a command runs as, with a token for this run. Raises ConfigError."""
     names = [client.name for client in config.clients]
-    if name is None and len(names) > 1:
-        raise ConfigError(f"{config.file}: there are several clients: say --client NAME before `--`, one of {', '.join(names)}")
-    if name is not None and name not in names:
-        raise ConfigError(f"{config.file}: --client {name}: there is no such client, only {', '.join(names)}")
+    if name not in names and (name is not None or len(names) > 1):
+        wrong = "there are several clients" if name is None else f"there is no client {name}"
+        raise ConfigError(f"{config.file}: {wrong}: say --client NAME before `--`, one of {', '.join(names)}")
     return RunAs(name or names[0], new_token())
 
 
