@@ -314,16 +314,6 @@ def secret_forms(secret: bytes) -> set[Form]:
     return forms
 
 
-class Spellings(NamedTuple):
-    """All forms of one secret, and the bytes that stand in them before their ends."""
-    forms: set[Form]
-    inner_bytes: frozenset[int]
-
-    @classmethod
-    def of(cls, forms: set[Form]) -> Spellings:
-        return cls(forms, frozenset().union(*(form.whole[:-1] for form in forms)))
-
-
 class Redactor:
     """Replaces every form of the given secrets by `[redacted]`."""
 
@@ -331,15 +321,16 @@ class Redactor:
                  known: Redactor | None = None) -> None:
         """`known` has made the forms of some of them already: for a long secret that takes a while."""
         made = known.secrets if known is not None else {}
-        self.secrets: dict[str, Spellings] = {
-            secret: made.get(secret) or Spellings.of(forms_of(secret.encode("utf-8", "surrogateescape"))) for secret in secrets}
-        self.windows: dict[bytes, list[Form]] = {}
-        for form in (form for spellings in self.secrets.values() for form in spellings.forms):
-            self.windows.setdefault(form.window, []).append(form)
+        self.secrets: dict[str, set[Form]] = {
+            secret: made.get(secret) or forms_of(secret.encode("utf-8", "surrogateescape")) for secret in secrets}
+        self.windows: dict[bytes, list[Form]] = collections.defaultdict(list)
+        for form in set().union(*self.secrets.values()):
+            self.windows[form.window].append(form)
         self.forms = [form.whole for forms in self.windows.values() for form in forms]
         self.longest = max(map(len, self.forms), default=0)
         self.beginnings = frozenset(form[:WINDOW] for form in self.forms)
-        self.inner_bytes = frozenset().union(*(spellings.inner_bytes for spellings in self.secrets.values()))
+        # What stands in none of them before its end.
+        self.outer_bytes = bytes(range(256)).translate(None, b"".join(form[:-1] for form in self.forms))
 
     def also(self, secret: str | None) -> Redactor:
         """One that knows this secret too: that of a request in flight may have been rotated away long ago."""
@@ -385,7 +376,7 @@ class Redactor:
 
     def open_tail(self, data: bytes) -> int:
         """How many bytes at the end might be the beginning of a form: all that may be held back."""
-        if not data or data[-1] not in self.inner_bytes:
+        if not data or data[-1] in self.outer_bytes:
             return 0
         for at in range(max(0, len(data) - self.longest + 1), len(data)):
             is_likely = at > len(data) - WINDOW or data[at:at + WINDOW] in self.beginnings
@@ -418,21 +409,20 @@ class Hidden:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[str, list[str]] = {}     # whose -> the newest last
+        self._values: dict[tuple[bool, str], list[str]] = {}    # (is it a secret, whose) -> the newest last
         self.in_answers = self.in_bodies = self.in_output = Redactor()
 
     def add(self, owner: str, value: str, in_answers: bool = True) -> None:
         """Another secret of an upstream, or token of a client (not hidden in answers)."""
-        kind = ("secret " if in_answers else "token ") + owner
         with self._lock:
-            known = self._values.get(kind, [])
+            known = self._values.get((in_answers, owner), [])
             if len(value) < SHORTEST_HIDDEN or value in known[-1:]:
                 return
-            self._values[kind] = [*(other for other in known if other != value), value][-1 - self.FORMER:]
+            self._values[in_answers, owner] = [*(other for other in known if other != value), value][-1 - self.FORMER:]
             values = [value for values in self._values.values() for value in values]
             self.in_output = Redactor(values, known=self.in_output)
             if in_answers:
-                secrets = [value for kind, values in self._values.items() if kind.startswith("secret ") for value in values]
+                secrets = [value for (is_secret, _), values in self._values.items() if is_secret for value in values]
                 self.in_answers = Redactor(secrets, known=self.in_output)
                 self.in_bodies = Redactor(secrets, json_forms, known=self.in_bodies)
 
@@ -538,7 +528,6 @@ def report_bug(bug: BaseException) -> None:
 # 103 for the answer, so that the next caller gets this one's.
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"     # RFC 9110 section 5.6.2
-SEGMENT = r"(?:[A-Za-z0-9._~:@+,=\-]|%[0-9A-Fa-f]{2})+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.(?P<minor>[01])")
 STATUS_LINE = re.compile(r"HTTP/1\.(?P<minor>[01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 # One line a match. Blanks around the value are cut in Python: as part of the pattern they would make a line of blanks
@@ -547,7 +536,6 @@ HEADER_LINE = re.compile(rf"^({TOKEN}):([\t\x20-\x7e\x80-\xff]*)\r\n", re.M)
 # What no head may hold, found before its end has come: a caller that speaks TLS, or ends lines with LF alone, is told
 # at once and not after HEAD_SECONDS.
 HOPELESS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
-PLAIN_PATH = re.compile(rf"/(?:{SEGMENT}(?:/{SEGMENT})*)?")
 IDENTITY_CODINGS = ("identity", "none", "utf-8", "")    # what servers write who mean that there is none
 
 
@@ -619,19 +607,20 @@ class Head:
         return "".join(lines)
 
 
+PATH_FAULTS = [(re.compile(pattern), words) for pattern, words in (
+    (r"\A(?!/)", "this is a base URL, no forward proxy: give it to the client as its base URL, not as a proxy"),
+    (rf"\A.{{{PATH_LIMIT + 1}}}", f"its path is longer than {PATH_LIMIT} characters"),
+    (r"//|(?<=.)/\Z", "its path has an empty segment: leave out the slash at the end of the client's base URL"),
+    (r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~:@+,=\-/%]", "its path has {}, and may have only A-Z a-z 0-9 . _ ~ : @ + , = - / %XX"),
+    (r"/\.\.?(?![^/])", "its path has a dot segment"),
+)]
+
+
 def decoded_path(path: str) -> str:
     """A request's path with %XX decoded; raises Malformed for a path that two programs could read differently."""
-    if not path.startswith("/"):
-        raise Malformed("this is a base URL, no forward proxy: give it to the client as its base URL, not as a proxy")
-    if len(path) > PATH_LIMIT:
-        raise Malformed(f"its path is longer than {PATH_LIMIT} characters")
-    if "//" in path or (path.endswith("/") and path != "/"):
-        raise Malformed("its path has an empty segment: leave out the slash at the end of the client's base URL")
-    if not PLAIN_PATH.fullmatch(path):
-        strange = re.search(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~:@+,=\-/%]", path)
-        raise Malformed(f"its path has {ascii(strange and strange[0])}, and may have only A-Z a-z 0-9 . _ ~ : @ + , = - / %XX")
-    if not {".", ".."}.isdisjoint(path.split("/")):
-        raise Malformed("its path has a dot segment")
+    for pattern, words in PATH_FAULTS:
+        if found := pattern.search(path):
+            raise Malformed(words.format(ascii(found[0])))
     if "%" not in path:
         return path
     for code in re.findall("%(..)", path):
@@ -837,17 +826,12 @@ class Rule:
 
 
 class Allowlist(tuple[Rule, ...]):
-    """Rules, found by the number of their segments first: a hundred cost little more than one."""
-
-    def __init__(self, rules: Iterable[Rule]) -> None:
-        self._by_length: dict[int, list[Rule]] = collections.defaultdict(list)
-        for rule in self:
-            self._by_length[len(rule.segments)].append(rule)
+    """Rules."""
 
     def pairs(self, path: str) -> set[tuple[str, str]]:
-        """(method, type of body) of the rules for a path."""
+        """(method, type of body) of those for a path."""
         segments = path.split("/")
-        return {(rule.method, rule.type) for rule in self._by_length.get(len(segments), ()) if rule.matches(path, segments)}
+        return {(rule.method, rule.type) for rule in self if rule.matches(path, segments)}
 
 
 def other_reading(path: str) -> str:
