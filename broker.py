@@ -53,6 +53,7 @@ import contextlib
 import copy
 import email.utils
 import errno
+import functools
 import hashlib
 import hmac
 import http.server
@@ -514,11 +515,9 @@ say = STDERR.say
 
 def report_bug(bug: BaseException) -> None:
     """One line for the operator: type and place, not the text, which may hold what a caller sent."""
-    trace = bug.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = f"{trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}" if trace is not None else "an unknown place"
-    say(f"broker: internal error: {type(bug).__name__} in {place}: please report it", often="bug")
+    import traceback
+    for frame in traceback.extract_tb(bug.__traceback__, -1):
+        say(f"broker: internal error: {type(bug).__name__} in {frame.name}, line {frame.lineno}: please report it", often="bug")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -572,22 +571,18 @@ class Head:
                 self.repeated.add(name)
                 value = f"{self.fields[name]}, {value}"
             self.fields[name] = value
-        self.length = self._content_length()
-        self.chunked = self._is_chunked()
+        self.length, self.chunked = self._framing()
         self.connection = comma_separated(self.fields.get("connection", ""))
         self.keep_alive = "close" not in self.connection if self.minor else "keep-alive" in self.connection
 
-    def _content_length(self) -> int | None:
-        length = self.fields.get("content-length")
+    def _framing(self) -> tuple[int | None, bool]:
+        """(the body's length, whether it comes in chunks)."""
+        length, coding = self.fields.get("content-length"), self.fields.get("transfer-encoding")
         if length is not None and not re.fullmatch("[0-9]{1,18}", length):
             raise Malformed("its Content-Length is not one plain number, once")
-        return None if length is None else int(length)
-
-    def _is_chunked(self) -> bool:
-        coding = self.fields.get("transfer-encoding")
-        if coding is not None and (self.length is not None or coding.lower() != "chunked" or not self.minor):
+        if coding is not None and (length is not None or coding.lower() != "chunked" or not self.minor):
             raise Malformed("its Transfer-Encoding is not exactly `chunked`, once, with HTTP/1.1, without a Content-Length")
-        return coding is not None
+        return None if length is None else int(length), coding is not None
 
     @property
     def is_identity(self) -> bool:
@@ -797,15 +792,10 @@ class Rule:
         if any("**" in segment or segment.count("*") > 2 for segment in self.segments):
             raise ValueError("`*` stands for characters inside one segment, at most twice in it and never as `**`: write a "
                              "rule for each depth")
-        if self.is_answered_here:
+        whole = prefix + self.path
+        if self.method == "CONNECT" or (whole, self.method) == (STATUS_PATH, "GET") or (prefix and self.path == "/") or (
+                whole in HEALTH_PATHS and self.method in ("GET", "HEAD")):
             raise ValueError("no request can match it: the broker answers this one itself")
-
-    @property
-    def is_answered_here(self) -> bool:
-        whole = self.prefix + self.path
-        return (self.method == "CONNECT" or (self.path == "/" and self.prefix != "")
-                or (whole, self.method) == (STATUS_PATH, "GET")
-                or (whole in HEALTH_PATHS and self.method in ("GET", "HEAD")))
 
     def matches(self, path: str, segments: list[str]) -> bool:
         """`segments`: the path's, split once for many rules."""
@@ -858,8 +848,8 @@ def check_query(query: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Secrets: where the key comes from, who may see it, and how long it is kept.
 #
-# To add a secret source: one class with `resolve` (a Secret, or SecretUnavailable) and `describe` (never the secret), and
-# its row in SECRET_SOURCES; validation, --check, caching, sharing, redaction and the error's way out come with it.
+# To add a secret source: one class with `resolve` (a Secret, or SecretUnavailable) and `words` (never the secret), and its
+# row in SECRET_SOURCES; validation, --check, caching, sharing, redaction and the error's way out come with it.
 # A source is asked in a thread of its own, with no lock held: a vault that waits for a person stops nobody who needs it not.
 
 Check = Callable[[Any], Any]            # the checked value, maybe in another form; ValueError with the words for the key
@@ -954,7 +944,7 @@ def what_is_wrong(text: str) -> str:
 
 
 class Secret:
-    """The provider's key. It shows itself only when asked by name, never in a repr, a format, a pickle or a traceback."""
+    """The provider's key. It shows itself only when asked by name, never in a repr, a format or a traceback."""
 
     def __init__(self, text: str, name: str = "the secret") -> None:
         """What a source gives, less one line end. Raises SecretUnavailable for what is no key; `name` is what it is called."""
@@ -968,9 +958,6 @@ class Secret:
 
     def __repr__(self) -> str:
         return "[redacted]"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a secret is neither copied nor stored")
 
 
 def digest(text: str) -> bytes:
@@ -987,7 +974,7 @@ def same_secret(one: Secret | None, other: Secret | None) -> bool:
 class SecretSource:
     """`secret_source`, checked: the arguments of each kind are its options in the configuration. This one is `none`."""
 
-    kind = "none"
+    kind, words = "none", "no credential"   # `{...}` in the words stands for an option
     variable: str | None = None         # the environment variable that holds the secret
     cache_seconds = math.inf
     folder = asked_for = ""
@@ -1004,7 +991,7 @@ class SecretSource:
         return None
 
     def describe(self) -> str:
-        return "no credential"
+        return self.words.format(**vars(self))
 
 
 TAKEN_VARIABLES: dict[str, str] = {}    # taken out of os.environ, so that no child gets them; kept for a reload
@@ -1021,7 +1008,7 @@ def take_variable(name: str) -> str | None:
 class EnvironmentSource(SecretSource):
     """A variable of the broker's own environment."""
 
-    kind = "env"
+    kind, words = "env", "environment variable {name}"
     name: str
 
     def __init__(self, name: str) -> None:
@@ -1033,9 +1020,6 @@ class EnvironmentSource(SecretSource):
             raise SecretUnavailable(f"{self.describe()} is not set: export it in the shell that starts the broker, or name "
                                     "another secret_source")
         return Secret(value, self.describe())
-
-    def describe(self) -> str:
-        return f"environment variable {self.name}"
 
 
 def command_path() -> str:
@@ -1180,7 +1164,7 @@ def first_and_last_words(errors: bytes) -> str:
 class CommandSource(SecretSource):
     """What a program such as `op` or `az` writes."""
 
-    kind = "command"
+    kind, words = "command", "command {argv[0]}"
     argv: tuple[str, ...]
     timeout_seconds: float
 
@@ -1216,9 +1200,6 @@ class CommandSource(SecretSource):
                 problem = f"ended with exit code 0, but {error}"
         raise SecretUnavailable(f"{program} {problem}; on stderr it said: {first_and_last_words(errors)}")
 
-    def describe(self) -> str:
-        return f"command {self.argv[0]}"
-
 
 def is_credential_path(path: str) -> bool:
     """Below a folder that systemd or a container runtime fills, where modes are theirs to choose."""
@@ -1229,7 +1210,7 @@ def is_credential_path(path: str) -> bool:
 class FileSource(SecretSource):
     """What a file holds that only its owner may read, or that systemd or a container runtime has put there."""
 
-    kind = "file"
+    kind, words = "file", "file {path}"
     path: str
 
     def prepare(self, folder: str, asked_for: str) -> SecretSource:
@@ -1265,9 +1246,6 @@ class FileSource(SecretSource):
             raise SecretUnavailable(f"{self.path} is open to others (mode {stat.S_IMODE(status.st_mode):03o}): "
                                     f"chmod 600 {self.path}")
 
-    def describe(self) -> str:
-        return f"file {self.path}"
-
 
 def ask_on_terminal(question: str) -> str:
     """An answer typed without echo. Raises SecretUnavailable where there is no terminal; KeyboardInterrupt passes."""
@@ -1292,7 +1270,7 @@ TYPED_SECRETS: dict[str, Secret] = {}   # by the upstream's name: nobody is aske
 class PromptSource(SecretSource):
     """What a person types at the start."""
 
-    kind = "prompt"
+    kind, words = "prompt", "typed at the start"
 
     def prepare(self, folder: str, asked_for: str) -> SecretSource:
         return PromptSource(asked_for=asked_for)
@@ -1302,9 +1280,6 @@ class PromptSource(SecretSource):
             typed = ask_on_terminal(f"broker: the provider's key for {self.asked_for} (it will not be shown): ")
             TYPED_SECRETS[self.asked_for] = Secret(typed, "what was typed")
         return TYPED_SECRETS[self.asked_for]
-
-    def describe(self) -> str:
-        return "typed at the start"
 
 
 def an_argv(value: Any) -> Any:
@@ -1702,7 +1677,7 @@ class UsageReader:
     """
 
     def __init__(self, content_type: str) -> None:
-        self.counts: dict[str, int] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
         self.failed = False
         # Some send an error as bare JSON between events.
         self._is_several = any(kind in content_type.lower() for kind in ("ndjson", "stream+json", "event-stream"))
@@ -1735,7 +1710,7 @@ class UsageReader:
             for key, member in members:
                 self._walk(place.get(key if key is None else key.encode("utf-8", "surrogatepass")), member)
         elif isinstance(place, str) and type(value) is int and 0 <= value < 10 ** COUNT_DIGITS:
-            self.counts[place] = max(self.counts.get(place, 0), value)
+            self.counts[place] = max(self.counts[place], value)
 
     def finish(self) -> None:
         if not self._places:                # of a number that was cut nobody knows the rest
@@ -1745,20 +1720,16 @@ class UsageReader:
     def usage(self) -> dict[str, int] | None:
         """`input_tokens`, `output_tokens` and `cache_tokens` (the input that was read from a cache), as far as told."""
         told, usage = self.counts, {}
-
-        def total(*names: str) -> int:
-            return sum(told.get(name, 0) for name in names)
         if "prompt" in told:
-            usage["input_tokens"] = total("prompt", "tool_prompt")
+            usage["input_tokens"] = told["prompt"] + told["tool_prompt"]
         elif "input" in told or "cache_read" in told:
-            usage["input_tokens"] = total("input") if "cached" in told else total("input", "cache_read", "cache_write")
+            usage["input_tokens"] = told["input"] + (0 if "cached" in told else told["cache_read"] + told["cache_write"])
         if "output" in told or "thoughts" in told:
-            usage["output_tokens"] = total("output", "thoughts")
             # xAI leaves reasoning out of completion_tokens, OpenAI does not: the sum tells which.
-            if total("total") == total("prompt", "output", "reasoning"):
-                usage["output_tokens"] += total("reasoning")
+            is_apart = told["total"] == told["prompt"] + told["output"] + told["reasoning"]
+            usage["output_tokens"] = told["output"] + told["thoughts"] + (told["reasoning"] if is_apart else 0)
         if "cached" in told or "cache_read" in told:
-            usage["cache_tokens"] = max(total("cached"), total("cache_read"))
+            usage["cache_tokens"] = max(told["cached"], told["cache_read"])
         return usage or None
 
     def _read_line(self, data: bytes, at: int) -> int:
@@ -1817,7 +1788,7 @@ class UsageReader:
             self.failed |= self._is_stream and value in (b'"error"', b'"response.failed"')
         elif isinstance(place, str) and value.isdigit() and len(value) <= COUNT_DIGITS:
             # The larger counts: some providers tell it again at the end, with zeros.
-            self.counts[place] = max(self.counts.get(place, 0), int(value))
+            self.counts[place] = max(self.counts[place], int(value))
         self._key, self._has_colon = None, False
 
     def _enter(self, bracket: bytes) -> None:
@@ -1980,9 +1951,8 @@ class UpstreamConfig(NamedTuple):
     own_headers: frozenset[str]         # names that only the broker sets, lower case, `_` read as `-`
 
     def describe_credential(self) -> str:
-        if self.source.kind == "none":
-            return "no credential"
-        return " ".join(filter(None, (f"{self.auth_header}:", self.auth_scheme, f"[{self.source.describe()}]")))
+        described = self.source.describe()
+        return described if self.source.kind == "none" else f"{self.auth_header}: {self.auth_scheme} [{described}]".replace("  ", " ")
 
 
 class ClientConfig(NamedTuple):
@@ -4470,10 +4440,10 @@ def proxy_warnings(config: Config) -> Iterator[str]:
     if wide := [rule.text for upstream in config.upstreams for rule in upstream.rules if rule.is_wide]:
         yield f"wide paths in allowed_paths reach stored data or open-ended jobs: {', '.join(wide)}"
     for upstream in config.upstreams:
-        first = {rule.segments[1] for rule in upstream.rules if upstream.address.path.endswith("/" + rule.segments[1])}
-        for segment in sorted(first - {""}):
-            yield (f"{upstream.address.url} ends in /{segment} and its allowed_paths begin with /{segment}, so that it would be "
-                   "there twice: leave it out of one of them")
+        last = upstream.address.path.rpartition("/")[2]
+        if last and any(rule.segments[1] == last for rule in upstream.rules):
+            yield (f"{upstream.address.url} ends in /{last} and its allowed_paths begin with /{last}, so that it would be there "
+                   "twice: leave it out of one of them")
 
 
 def describe(state: State) -> Iterator[str]:
@@ -4579,7 +4549,7 @@ def serve_until_stopped(server: Server, signals: Signals, reload: Callable[[], N
     """The first signal stops, with time for what is in flight; the second one, and SIGQUIT, end at once."""
     while (number := signals.next(LOOK_SECONDS)) is None or signals.is_reload(number):
         if number is not None:
-            threading.Thread(target=reload, daemon=True).start()
+            reload()
     if number == signals.QUIT:
         end_at_once(number)
     server.stop()
@@ -4614,7 +4584,7 @@ def run_command(command: list[str], server: Server, signals: Signals, reload: Ca
     while process.returncode is None:
         number = signals.next(LOOK_SECONDS)
         if signals.is_reload(number):
-            threading.Thread(target=reload, daemon=True).start()
+            reload()
         elif number in (signal.SIGTERM, signals.HANG_UP):
             process.terminate()
         # The others come from the terminal, which sends them to the command as well.
@@ -4637,8 +4607,8 @@ def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
     threading.Thread(target=server.serve_forever, args=(LOOK_SECONDS,), daemon=True).start()
 
     def reload() -> None:
-        shown = server.state.shown_tokens
-        server.reload(lambda new: make_state(new, shown, run_as))
+        make = functools.partial(make_state, shown=server.state.shown_tokens, run_as=run_as)
+        threading.Thread(target=server.reload, args=(make,), daemon=True).start()
     if run_as is not None:
         code = run_command(command, server, signals, reload, environment_for(config, run_as, server.url, command[0]))
     else:
@@ -4772,11 +4742,10 @@ def parse_arguments(argv: list[str]) -> tuple[Any, list[str]]:
     import argparse
     at = argv.index("--") if "--" in argv else len(argv)
     command = argv[at + 1:]
-    program = os.path.basename(sys.argv[0]) if __name__ != "__main__" else "broker.py"
     parser = argparse.ArgumentParser(
-        prog=program, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"{program} [--config FILE] [--dry-run] [--port N] [--check | --report [--json] | --new-token]\n"
-              f"       {program} [--config FILE] [--dry-run] [--port N] [--client NAME] -- COMMAND [ARG...]",
+        prog=os.path.basename(sys.argv[0]), allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--config FILE] [--dry-run] [--port N] [--check | --report [--json] | --new-token]\n"
+              "       %(prog)s [--config FILE] [--dry-run] [--port N] [--client NAME] -- COMMAND [ARG...]",
         description="A localhost credential broker: it holds the provider's key, your agent does not.",
         epilog="examples:\n"
                "  python broker.py --config broker_config.example.json --dry-run   try it, no key needed\n"
@@ -4795,7 +4764,7 @@ def parse_arguments(argv: list[str]) -> tuple[Any, list[str]]:
     only.add_argument("--report", action="store_true", help="summarise the event log as a table; exit")
     only.add_argument("--new-token", action="store_true", help="print a fresh random caller token; exit")
     parser.add_argument("--json", action="store_true", help="with --report: an object a line, for programs")
-    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(argv[:at])
     if options.port is not None and not 0 <= options.port <= 65535:
         parser.error("argument --port: must be from 0 to 65535")
