@@ -2,9 +2,9 @@
 with what `broker.py` knows.
 
 A `console` block is a transcript: each line that begins with `$ ` is run, in the README's order and in a fresh folder,
-and what follows is what it prints. `…` stands for anything; times, ids and tokens may differ. An `sh` block is shown
-only. Under BROKER_SLOW_TESTS the exercises are done as well: the line is taken out, the attack must work, and the test
-named must go red.
+and what follows is what it prints; a `text` block is what terminal 1 shows meanwhile. `…` stands for anything; times,
+ids and tokens may differ. An `sh` block is shown only. Under BROKER_SLOW_TESTS the exercises are done as well: the line
+is taken out, the attack must work, and the test named must go red.
 """
 
 import ast
@@ -26,8 +26,10 @@ import broker
 from tests.support import (
     ABSENT,
     ROOT,
+    SECRET_VARIABLE,
     BrokerTestCase,
     canary,
+    eventually,
     free_port,
     linux_only,
     make_executable,
@@ -37,6 +39,7 @@ from tests.support import (
     run_each,
     slow,
 )
+from tests.terminal import Terminal
 
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
     README = file.read()
@@ -85,6 +88,7 @@ def same_shape(text):
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text)
     text = re.sub(r'"(id|_ms|\w+_ms)":("[0-9a-f]{16}"|[0-9.]+)', r'"\1":0', text)
     text = re.sub(r"\d{4}-\d\d-\d\d", "DAY", text)
+    text = re.sub(r"(?m)^\d\d:\d\d:\d\d (.*) \d+ ms", r"CLOCK \1 MS", text.replace("\r\n", "\n"))
     return re.sub(r"(?m)[ \t]{2,}| +$", "  ", text).strip()
 
 
@@ -115,7 +119,8 @@ class Reader(BrokerTestCase):
         path = programs + os.pathsep + os.environ.get("PATH", os.defpath)
         self.env = minimal_environment({"PATH": path, "HOME": self.place})
         self.exports = ""
-        self.server = None
+        self.server = self.terminal = None
+        self.key = canary()
 
     def read(self, name):
         with open(os.path.join(self.place, name), encoding="utf-8") as file:
@@ -132,8 +137,8 @@ class Reader(BrokerTestCase):
         if command.startswith("export "):
             self.exports += command + "\n"
             return ""
-        if command.endswith("--dry-run"):
-            return self.serve(shlex.split(command)[2:])
+        if command.startswith("python3 broker.py --config") and command.endswith(("--dry-run", ".json")):
+            return self.serve([word.replace("~", self.place) for word in shlex.split(command)[2:]])
         run = subprocess.run(
             ["sh", "-c", self.exports + command],
             cwd=self.place,
@@ -146,14 +151,38 @@ class Reader(BrokerTestCase):
         return run.stdout.decode()
 
     def serve(self, args, script=None):
-        """Ctrl-C in terminal 1, then the broker anew; what it prints."""
-        if self.server is not None:
-            self.server.close()
+        """Ctrl-C in terminal 1, then the broker anew, there; what it prints. Asked for the key, the reader types it."""
+        self.stop()
         env = {name: self.do(f"printf %s ${name}") or ABSENT for name in ("BROKER_CLIENT_TOKEN", "STUDENT_TOKEN")}
         script = script or os.path.join(self.place, "broker.py")
-        self.server = self.broker(use_config=False, args=args, folder=self.place, script=script, env=env)
-        self.server.wait_stderr("export OPENAI_BASE_URL")
-        return self.server.stderr_text()
+        self.terminal = Terminal(self)
+        self.server = self.broker(
+            use_config=False,
+            args=args,
+            folder=self.place,
+            script=script,
+            env=env,
+            secret=self.key,
+            preexec_fn=self.terminal.attach_stderr,
+            wait_ready=False,
+        )
+        if "--dry-run" not in args:
+            self.terminal.wait_for("(it will not be shown): ")
+            self.terminal.type(self.key + "\n")
+        return eventually(self.ready, what="the broker in terminal 1")
+
+    def ready(self):
+        """What it printed, once it is all there."""
+        shown = self.terminal.read().decode()
+        if self.server.process.poll() is not None:
+            raise AssertionError(f"it ended: {shown}")
+        return re.search(r"export OPENAI_BASE_URL.*\n", shown) and shown
+
+    def stop(self):
+        if self.server is not None:
+            os.write(self.terminal.master, b"\x03")
+            self.assertEqual(self.server.wait(), 0)
+            self.server.close()
 
     def prepare(self):
         """Step 4 without its calls: both tokens."""
@@ -163,23 +192,62 @@ class Reader(BrokerTestCase):
                     self.do(command.replace("8791", str(self.port)))
 
 
+# What the provider answers.
+COMPLETION = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "model": "gpt-4o-mini",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello!"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 8, "completion_tokens": 2, "total_tokens": 10},
+}
+
+
 @posix_only
 @needs_curl
 class Transcripts(Reader):
     """All `console` blocks, from the first to the last, by one reader in one folder."""
 
+    def setUp(self):
+        super().setUp()
+        self.provider = self.stub(lambda conn, _: conn.respond_json(COMPLETION, headers={"x-request-id": "req-1"}))
+
     def test_are_what_a_reader_sees(self):
-        ran = 0
-        for block in blocks("console"):
+        ran = []
+        for _, language, block in BLOCK.findall(README):
             block = block.replace("8791", str(self.port))
+            if language == "text":
+                with self.subTest(block):
+                    line = rf"(?ms)^{pattern(block)}$"
+                    eventually(lambda: re.search(line, same_shape(self.terminal.read().decode())), 3, line)  # noqa: B023
+            if language != "console":
+                continue
             for step in re.split(r"(?m)^\$ ", block)[1:]:
                 command, _, expected = step.partition("\n")
                 with self.subTest(command):
                     printed = self.do(command)
                     self.assertRegex(same_shape(printed), rf"(?s)\A{pattern(self.here(expected))}\Z")
-                ran += 1
-        self.assertGreater(ran, 20)
-        self.assertIsNotNone(self.server)
+                if command.startswith("sed "):
+                    self.move_to_the_stub(command.split()[-1])
+                ran.append(command)
+        self.assertGreater(len(ran), 30)
+        self.assert_first_real_call()
+
+    def move_to_the_stub(self, config):
+        """Step 6 is in earnest, and the provider of a test a stub."""
+        config = config.replace("~/", "")
+        self.write(config, self.read(config).replace("https://api.openai.com", self.provider.url))
+
+    def assert_first_real_call(self):
+        (request,) = self.provider.requests
+        self.assertEqual((request.target, request.json()["max_tokens"]), ("/v1/chat/completions", 16))
+        self.assertEqual(request.header("Authorization"), "Bearer " + self.key)
+        self.assertIsNone(request.header("X-Broker-Token"))
+        # "In no environment, history or file."
+        for folder, _, names in os.walk(self.place):
+            for name in names:
+                with open(os.path.join(folder, name), "rb") as file:
+                    self.assertNotIn(self.key.encode(), file.read(), name)
+        self.assertNotIn(self.key.encode(), self.terminal.read())
 
     @staticmethod
     def here(expected):
@@ -238,12 +306,24 @@ class Configurations(BrokerTestCase):
         self.assert_load(whole)
 
     def test_of_providers_load_alone_and_together(self):
-        together = {name: part for block in blocks("json") for name, part in json.loads(block).items() if "clients" not in block}
-        providers = ["openai", "anthropic", "azure", "gemini", "openrouter", "groq", "mistral", "ollama", "github"]
+        source = {"secret_source": {"kind": "env", "name": "PROVIDER_KEY"}}
+        together = {name: {**source, **json.loads(words(entry)[0])} for name, entry in rows("Providers", 2)}
+        providers = ["openai", "anthropic", "azure", "gemini", "openrouter", "groq", "mistral", "vertex", "ollama", "github"]
         self.assertEqual(list(together), providers)
         each = {name: {name: part} for name, part in together.items()}
         token = {"client_token_env": "BROKER_CLIENT_TOKEN"}
         self.assert_load({name: {**token, "upstreams": part} for name, part in {**each, "all": together}.items()})
+
+    def test_of_vertex_sends_where_its_openai_compatible_calls_go(self):
+        vertex = json.loads(dict((name, words(entry)[0]) for name, entry in rows("Providers", 2))["vertex"])
+        stub, path = self.stub(), re.sub("https://[^/]+", "", vertex["base_url"])
+        self.assertRegex(path, r"^/v1/projects/[^/]+/locations/[^/]+/endpoints/openapi$")
+        vertex.update(base_url=stub.url + path, secret_source={"kind": "env", "name": SECRET_VARIABLE})
+        short = {key: ABSENT for key in ("upstream_base_url", "allowed_paths", "secret_source")}
+        running = self.broker(stub, config={**short, "upstreams": {"vertex": vertex}})
+        self.assertEqual(running.post_json(vertex["prefix"] + "/chat/completions", {"model": "google/m"}).status, 200)
+        self.assertEqual(stub.requests[0].target, path + "/chat/completions")
+        self.assertEqual(stub.requests[0].header("Authorization"), "Bearer " + running.secret)
 
     def test_of_allowed_paths_are_rules(self):
         rules = re.findall(r'`"([A-Z/][^`"]*)"`', section("Allowed paths"))
@@ -293,6 +373,12 @@ class Recipes(BrokerTestCase):
                 self.assertEqual(stub.requests[0].header("Authorization"), "Bearer " + secret)
                 with open(calls, encoding="utf-8") as file:
                     self.assertEqual(file.read().split("\n"), [" ".join(arguments), ""])
+
+    def test_of_a_token_outlive_it_by_far(self):
+        # az hands one out that lives for another five minutes, or more.
+        short = {source["argv"][0]: source["cache_seconds"] for source in self.recipes().values() if "cache_seconds" in source}
+        self.assertEqual(set(short), {"az", "gcloud"})
+        self.assertLess(max(short.values()), 300)
 
     @posix_only
     def test_read_the_file_beside_the_configuration(self):
@@ -371,6 +457,47 @@ class AnotherUser(BrokerTestCase):
         self.assertEqual(set(seen.values()), {"closed"}, seen)
 
 
+# The same without a network: what answers, and what is seen of the other processes.
+NO_NETWORK = """
+import json, os, socket, sys, urllib.request
+headers = {"X-Broker-Token": os.environ["BROKER_CLIENT_TOKEN"]}
+answer = urllib.request.urlopen(urllib.request.Request(os.environ["BROKER_URL"] + "/v1/models", headers=headers))
+seen = {"call": answer.status, "processes": sum(name.isdigit() for name in os.listdir("/proc"))}
+for host, port in (("127.0.0.1", int(sys.argv[1])), ("192.0.2.1", 443)):
+    try:
+        socket.create_connection((host, port), 5).close()
+        seen[host] = "open"
+    except OSError as error:
+        seen[host] = error.strerror
+print(json.dumps(seen))
+sys.exit(7)
+"""
+
+
+@linux_only
+@unittest.skipUnless(all(map(shutil.which, ("socat", "unshare", "ip"))), "socat, unshare or ip is not installed")
+class NoNetwork(BrokerTestCase):
+    """A stronger boundary; the command as it stands, but for its configuration and COMMAND."""
+
+    def test_but_for_the_broker(self):
+        if subprocess.run(["unshare", "-rn", "--pid", "--fork", "--mount-proc", "true"], stderr=subprocess.DEVNULL).returncode:
+            self.skipTest("a user may have no namespaces here")
+        (command,) = [block for block in blocks("sh") if "unshare" in block]
+        shell, option, script = shlex.split(command.partition(" -- ")[2])
+        stub, folder = self.stub(), self.folder()
+        with open(os.path.join(folder, "agent.py"), "w", encoding="utf-8") as file:
+            file.write(NO_NETWORK)
+        self.assertIn("COMMAND", script)
+        script = script.replace("COMMAND", f"{sys.executable} agent.py {stub.port}")
+        run = run_broker(upstream=stub, config={}, folder=folder, cwd=folder, command=[shell, option, script])
+        self.assertEqual(run.returncode, 7, run.stderr)
+        seen = json.loads(run.stdout)
+        self.assertLess(seen.pop("processes"), 10)
+        self.assertEqual(seen, {"call": 200, "127.0.0.1": "Connection refused", "192.0.2.1": "Network is unreachable"})
+        self.assertEqual(len(stub.requests), 1)
+        self.assertNotIn("broker.sock", os.listdir(folder))
+
+
 class Units(unittest.TestCase):
     """What starts it at login is well-formed."""
 
@@ -439,7 +566,15 @@ class Tables(BrokerTestCase):
         text = section("Event log")
         meanings = text[text.index("|field|") :]
         explained = {word for line in meanings.splitlines() if line.startswith("|") for word in words(line.split("|")[1])}
-        self.assertEqual(explained, {field for fields in broker.EVENT_FIELDS.values() for field in fields})
+        everything = {field for fields in broker.EVENT_FIELDS.values() for field in fields}
+        self.assertLess(explained, everything)
+        # The workshop has two lines, and a word on each of their fields.
+        lines, _, text = section("Step 2: the live lines and the log").rpartition("```")
+        in_workshop = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
+        self.assertEqual([line["event"] for line in in_workshop], ["request", "response"])
+        fields = {field for line in in_workshop for field in line} - {"event"}
+        self.assertEqual(fields, set(words(text)) & (everything | {"time"}))
+        self.assertLess(everything - explained, set(words(text)))
 
     def test_have_the_fields_that_the_log_itself_has(self):
         table = {event: set(words(fields)) for events, fields in rows("Event log", 2) for event in words(events)}
