@@ -332,13 +332,29 @@ class Configurations(BrokerTestCase):
         self.assertEqual(run.returncode, 0, run.stderr)
 
 
-# Stands in for a vault's program: the words that it is called with are the whole of its interface.
+# Stands in for a vault's program, which prints a key for these words and no others.
 VAULT = """
 import os, sys
 with open(os.environ["VAULT_CALLS"], "a") as file:
     print(*sys.argv[1:], file=file)
+if " ".join(sys.argv[1:]) != os.environ["VAULT_WORDS"]:
+    sys.exit("unknown words")
 print(os.environ["VAULT_SECRET"])
 """
+VAULT_WORDS = {
+    "1Password": "op read op://Private/OpenAI/credential",
+    "Azure Key Vault": "az keyvault secret show --vault-name my-vault --name openai-key --query value -o tsv",
+    "Azure, for an hour": "az account get-access-token --resource https://cognitiveservices.azure.com --query accessToken -o tsv",
+    "Google, for an hour": "gcloud auth print-access-token",
+    "AWS Secrets Manager": (
+        "aws secretsmanager get-secret-value --secret-id openai-key --query SecretString --output text"
+    ),
+    "HashiCorp Vault": "vault kv get -field=key secret/openai",
+    "Bitwarden": "bw get password openai",
+    "macOS keychain": "security find-generic-password -s openai -w",
+    "Secret Service": "secret-tool lookup service openai",
+    "pass": "pass show api/openai",
+}
 
 
 class Recipes(BrokerTestCase):
@@ -356,23 +372,23 @@ class Recipes(BrokerTestCase):
                 self.assertEqual(run().returncode, 0, run().stderr)
 
     @posix_only
-    def test_ask_their_program_with_these_words(self):
-        for store, source in self.recipes().items():
-            if source["kind"] != "command":
-                continue
+    def test_ask_their_program_with_words_that_it_knows(self):
+        commands = {store: source for store, source in self.recipes().items() if source["kind"] == "command"}
+        self.assertEqual(set(commands), set(VAULT_WORDS))
+        stub, cases = self.stub(), {}
+        for store, source in commands.items():
+            folder, secret = self.folder(), canary()
+            program, _, arguments = VAULT_WORDS[store].partition(" ")
+            make_executable(folder, program, VAULT, sys.executable)
+            path = folder + os.pathsep + os.environ.get("PATH", os.defpath)
+            env = {"PATH": path, "VAULT_CALLS": os.path.join(folder, "calls"), "VAULT_SECRET": secret, "VAULT_WORDS": arguments}
+            cases[store] = {"upstream": stub, "config": {"secret_source": source}, "env": env, "secret": secret}
+        for store, running in self.brokers(cases).items():
             with self.subTest(store):
-                folder, secret = self.folder(), canary()
-                program, *arguments = source["argv"]
-                make_executable(folder, program, VAULT, sys.executable)
-                calls = os.path.join(folder, "calls")
-                path = folder + os.pathsep + os.environ.get("PATH", os.defpath)
-                stub = self.stub()
-                env = {"PATH": path, "VAULT_CALLS": calls, "VAULT_SECRET": secret}
-                running = self.broker(stub, config={"secret_source": source}, env=env, secret=secret)
                 self.assertEqual(running.post_json("/v1/chat/completions", {"model": "m"}).status, 200)
-                self.assertEqual(stub.requests[0].header("Authorization"), "Bearer " + secret)
-                with open(calls, encoding="utf-8") as file:
-                    self.assertEqual(file.read().split("\n"), [" ".join(arguments), ""])
+                self.assertEqual(stub.requests[-1].header("Authorization"), "Bearer " + running.secret)
+                with open(running.env["VAULT_CALLS"], encoding="utf-8") as file:
+                    self.assertEqual(file.read(), running.env["VAULT_WORDS"] + "\n")
 
     def test_of_a_token_outlive_it_by_far(self):
         # az hands one out that lives for another five minutes, or more.
