@@ -293,12 +293,6 @@ class Lost(Outgrown):
         self.assertNotIn("x-should-retry", headers)
         self.assertNotIn(b"token", body)
 
-    def lose_a_mended_v1(self):
-        self.assertEqual(ask(self.served.port, self.served.token, path="/v1/v1/chat/completions")[0], 403)
-
-    def lose_get_broker(self):
-        self.assertEqual(ask(self.served.port, self.served.token, method="GET", path="/broker")[0], 403)
-
 
 if __name__ == "__main__":
     unittest.main()
