@@ -667,10 +667,10 @@ class References(unittest.TestCase):
         self.assertAlmostEqual(lines, SOURCE.count("\n"), delta=lines * 0.1)
 
     def test_to_names_in_the_source_are_right(self):
-        names = r"`([A-Z][A-Z_]+|Handler\.\w+|parse_arguments|SecretUnavailable)`"
-        for name in re.findall(names, section("For developers")):
-            if name != "BROKER_SLOW_TESTS":
-                self.assertRegex(SOURCE, rf"\b{name.rpartition('.')[2]}\b", name)
+        for name in re.findall(r"`Handler\.(\w+)`", README):
+            self.assertRegex(SOURCE, rf"\bdef {name}\(")
+        named = re.split(", | or ", re.search(r"To add (.+?), look for `To add`", section("For developers"), re.S)[1])
+        self.assertEqual(named, re.findall("(?m)^# To add (.+?):", SOURCE))
 
     def test_to_machines_of_ours_are_none(self):
         self.assertNotRegex(README, r"/(work|root|tmp|home)/")
@@ -692,6 +692,11 @@ class Project(unittest.TestCase):
             workflow = file.read()
         for command in blocks("sh")[0].splitlines():
             self.assertIn(command, workflow)
+        with open(os.path.join(ROOT, "pyproject.toml"), encoding="utf-8") as file:
+            versions = re.findall(r"Python :: (3\.\d+)", file.read())
+        self.assertIn(f'python: ["{versions[0]}", "{versions[-1]}"]', workflow)
+        for system in ("ubuntu", "macos", "windows"):
+            self.assertIn(system + "-latest", workflow)
 
 
 # ------------------------------------------------------------------------------------------------
