@@ -852,7 +852,9 @@ def check_query(query: str) -> None:
 # row in SECRET_SOURCES; validation, --check, caching, sharing, redaction and the error's way out come with it.
 # A source is asked in a thread of its own, with no lock held: a vault that waits for a person stops nobody who needs it not.
 
+Json = dict[str, Any]
 Check = Callable[[Any], Any]            # the checked value, maybe in another form; ValueError with the words for the key
+KeyTable = dict[str, tuple[Any, Check]]          # key -> (default, check)
 T = TypeVar("T")
 REQUIRED = object()                     # in place of a default
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]*"
@@ -898,8 +900,8 @@ def a_map(names: str, texts: str | None, meaning: str) -> Check:
     return check
 
 
-def checked_members(members: dict[str, Any], table: dict[str, tuple[Any, Check]], prefix: str = "") -> dict[str, Any]:
-    """The members of a JSON object by their table (name -> (default, check)); a default is checked as well, but for None.
+def checked_members(members: Json, table: KeyTable, prefix: str = "") -> Json:
+    """The members of a JSON object by their table; a default is checked as well, but for None.
 
     Raises ValueError, which names the key, `prefix` before it.
     """
@@ -1292,7 +1294,7 @@ def an_argv(value: Any) -> Any:
 A_PATH = a_text(r"[^\0\ud800-\udfff]+", "the path of a file")
 SECONDS = a_number(0.1, 86400)
 CACHE_SECONDS = (3600, a_number(0, 31 * 86400))
-SECRET_SOURCES: dict[str, tuple[type[SecretSource], dict[str, tuple[Any, Check]]]] = {
+SECRET_SOURCES: dict[str, tuple[type[SecretSource], KeyTable]] = {
     "env": (EnvironmentSource, {"name": (REQUIRED, a_text(VARIABLE, "the name of an environment variable"))}),
     "command": (CommandSource, {"argv": (REQUIRED, an_argv), "timeout_seconds": (60, SECONDS), "cache_seconds": CACHE_SECONDS}),
     "file": (FileSource, {"path": (REQUIRED, A_PATH), "cache_seconds": CACHE_SECONDS}),
@@ -1436,7 +1438,6 @@ class SecretCache:
 # names of its counts in COUNTS and the place of these in ROOT, where they are new, and a row in CLIENT_VARIABLES if its
 # clients take both a base URL and a key from the environment. A key alone would send some clients straight to the provider.
 
-Json = dict[str, Any]
 CannedAnswer = tuple[str, list[bytes]]  # Content-Type, and the body in the pieces that a stream would have
 
 
@@ -1951,8 +1952,9 @@ class UpstreamConfig(NamedTuple):
     own_headers: frozenset[str]         # names that only the broker sets, lower case, `_` read as `-`
 
     def describe_credential(self) -> str:
-        described = self.source.describe()
-        return described if self.source.kind == "none" else f"{self.auth_header}: {self.auth_scheme} [{described}]".replace("  ", " ")
+        if self.source.kind == "none":
+            return self.source.describe()
+        return " ".join(filter(None, (f"{self.auth_header}:", self.auth_scheme, f"[{self.source.describe()}]")))
 
 
 class ClientConfig(NamedTuple):
@@ -1960,12 +1962,12 @@ class ClientConfig(NamedTuple):
     name: str
     token_env: str | None
     upstreams: tuple[str, ...]
-    rules: Allowlist | None = None
-    models: tuple[str, ...] | None = None
-    requests_per_minute: int | None = None
-    max_concurrent_requests: int | None = None
-    tokens_per_day: int | None = None
-    expires: datetime | None = None
+    rules: Allowlist | None
+    models: tuple[str, ...] | None
+    requests_per_minute: int | None
+    max_concurrent_requests: int | None
+    tokens_per_day: int | None
+    expires: datetime | None
 
     @property
     def limits(self) -> dict[str, int]:
@@ -1977,7 +1979,7 @@ class ClientConfig(NamedTuple):
 class Config(NamedTuple):
     """A valid configuration."""
     file: str                           # absolute
-    raw: dict[str, Any]
+    raw: Json
     listen_port: int
     dry_run: bool
     upstreams: tuple[UpstreamConfig, ...]
@@ -2049,7 +2051,7 @@ A_LIMIT = a_number(1, 10 ** 12, whole=True)
 RULES = a_list(r"(?s).*", 'rules such as "/v1/chat/completions" and "GET /v1/models"')      # looked at with their prefix
 NAMED_PARTS = a_map(NAME, None, "a non-empty object of objects; each has a name, of at most 64 of A-Z a-z 0-9 . _ -, a letter or "
                     "digit first")
-UPSTREAM_KEYS: dict[str, tuple[Any, Check]] = {
+UPSTREAM_KEYS: KeyTable = {
     "base_url": (REQUIRED, a_base_url),
     "prefix": ("", a_text(rf"(?:(?:/(?!\.\.?(?:/|$)){PLAIN_SEGMENT})+)?", 'a path such as "/github", no slash at its end')),
     "allowed_paths": (REQUIRED, RULES),
@@ -2061,7 +2063,7 @@ UPSTREAM_KEYS: dict[str, tuple[Any, Check]] = {
     "environment": ({}, a_map(f"(?!(?i:BROKER_)){VARIABLE}", r"[^\0]*", 'an object such as {"MY_BASE_URL": "{url}/v1"}: names '
                               "of letters, digits and _ that don't begin with BROKER_, and texts")),
 }
-CLIENT_KEYS: dict[str, tuple[Any, Check]] = {
+CLIENT_KEYS: KeyTable = {
     "token_env": (REQUIRED, a_text(VARIABLE, "the name of an environment variable that holds this client's token")),
     "upstreams": (None, a_list("(?s).+", "names of upstreams")),
     "allowed_paths": (None, RULES),
@@ -2073,7 +2075,7 @@ CLIENT_KEYS: dict[str, tuple[Any, Check]] = {
 }
 # What the short form, which has no prefix, calls an upstream's keys at the top.
 SHORT_NAMES = {key: "upstream_base_url" if key == "base_url" else key for key in UPSTREAM_KEYS if key != "prefix"}
-KEYS: dict[str, tuple[Any, Check]] = {
+KEYS: KeyTable = {
     "listen_host": ("127.0.0.1", a_text(r"127\.0\.0\.1", 'exactly "127.0.0.1": the broker is not for other machines')),
     "listen_port": (8791, a_number(0, 65535, whole=True)),
     "mode": ("proxy", a_text("proxy|dry_run", '"proxy" or "dry_run"')),
@@ -2093,7 +2095,7 @@ class InvalidJson(ValueError):
     """Why a text is no strict JSON, in words about JSON."""
 
 
-def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> Json:
     """For JSON objects: Python keeps the last of two equal keys, another parser may keep the first."""
     members = dict(pairs)
     if len(members) != len(pairs):
@@ -2135,7 +2137,7 @@ def strict_json(data: bytes) -> Any:
         raise InvalidJson("it is nested too deeply") from None
 
 
-def make_upstream(name: str, values: dict[str, Any], key: str) -> UpstreamConfig:
+def make_upstream(name: str, values: Json, key: str) -> UpstreamConfig:
     """From the checked values of its keys, in their order. `key`: what its own keys are called in an error."""
     own = [header.lower().replace("_", "-") for header in (values["auth_header"], *values["extra_headers"])]
     for at, header in enumerate(own):
@@ -2146,13 +2148,13 @@ def make_upstream(name: str, values: dict[str, Any], key: str) -> UpstreamConfig
     return UpstreamConfig._make((name, *{**values, "allowed_paths": rules}.values(), frozenset(own)))
 
 
-def make_client(name: str, values: dict[str, Any], upstreams: Iterable[UpstreamConfig], key: str) -> ClientConfig:
+def make_client(name: str, values: Json, key: str, upstreams: Iterable[UpstreamConfig]) -> ClientConfig:
     """From the checked values of its keys, in their order. Raises ValueError for a rule that no request could ever match."""
-    known = [upstream.name for upstream in upstreams]
-    for unknown in (each for each in values["upstreams"] or () if each not in known):
-        raise ValueError(f'"{key}upstreams" has {json.dumps(unknown[:64])}, which "upstreams" has not: known are '
+    known = tuple(upstream.name for upstream in upstreams)
+    chosen = values["upstreams"] or known
+    if unknown := [each for each in chosen if each not in known]:
+        raise ValueError(f'"{key}upstreams" has {json.dumps(unknown[0][:64])}, which "upstreams" has not: known are '
                          f'{", ".join(known)}')
-    chosen = values["upstreams"] or tuple(known)
     rules = values["allowed_paths"] and make_rules(values["allowed_paths"], f"{key}allowed_paths")
     theirs = [rule for upstream in upstreams if upstream.name in chosen for rule in upstream.rules]
     for rule in rules or ():
@@ -2162,23 +2164,16 @@ def make_client(name: str, values: dict[str, Any], upstreams: Iterable[UpstreamC
     return ClientConfig._make((name, *{**values, "upstreams": chosen, "allowed_paths": rules}.values()))
 
 
-def make_parts(values: dict[str, Any]) -> tuple[tuple[UpstreamConfig, ...], tuple[ClientConfig, ...]]:
-    """All upstreams and clients, from either form. Raises ValueError."""
-    if values["upstreams"] is None:
-        short = {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
-        upstreams = [make_upstream(DEFAULT_NAME, short, "")]
-    else:
-        upstreams = [make_upstream(name, checked_members(members, UPSTREAM_KEYS, f"upstreams.{name}."), f"upstreams.{name}.")
-                     for name, members in values["upstreams"].items()]
-    if values["clients"] is None:
-        everything = tuple(upstream.name for upstream in upstreams)
-        return tuple(upstreams), (ClientConfig(DEFAULT_NAME, values["client_token_env"], everything),)
-    return tuple(upstreams), tuple(
-        make_client(name, checked_members(members, CLIENT_KEYS, f"clients.{name}."), upstreams, f"clients.{name}.")
-        for name, members in values["clients"].items())
+def parts(named: Json | None, table: KeyTable, key: str,
+          short: Json) -> Iterator[tuple[str, Json, str]]:
+    """(name, checked values, what stands before its keys in an error) of each upstream or client, in either form."""
+    if named is None:
+        yield DEFAULT_NAME, short, ""
+    for name, members in (named or {}).items():
+        yield name, checked_members(members, table, f"{key}.{name}."), f"{key}.{name}."
 
 
-def keys_for(raw: dict[str, Any], dry_run: bool) -> dict[str, tuple[Any, Check]]:
+def keys_for(raw: Json, dry_run: bool) -> KeyTable:
     """KEYS as the forms of this file need them. Raises ValueError where it mixes the two."""
     table = dict(KEYS)
     for long, short in (("upstreams", [*SHORT_NAMES.values()]), ("clients", ["client_token_env"])):
@@ -2194,13 +2189,9 @@ def keys_for(raw: dict[str, Any], dry_run: bool) -> dict[str, tuple[Any, Check]]
 
 def check_variables(config: Config) -> None:
     """No variable for two things. Raises ValueError."""
-    owners: dict[str, str] = {}
+    owners = {upstream.source.variable: "secret_source" for upstream in config.upstreams}
     for client in config.clients:
         key = config.token_key(client)
-        for upstream in config.upstreams:
-            if client.token_env is not None and client.token_env == upstream.source.variable:
-                raise ValueError(f'"{key}" names the secret\'s own variable {client.token_env}: a caller token is another value, '
-                                 "see --new-token")
         if client.token_env is not None and owners.setdefault(client.token_env, key) != key:
             raise ValueError(f'"{owners[client.token_env]}" and "{key}" name the same variable {client.token_env}: give each '
                              "client a token of its own, see --new-token")
@@ -2241,7 +2232,10 @@ def load_config(file: str, dry_run: bool = False, port: int | None = None) -> Co
             raise InvalidJson("it is not one object: start from broker_config.example.json")
         dry_run = dry_run or raw.get("mode") == "dry_run"
         values = checked_members(raw, keys_for(raw, dry_run))
-        upstreams, clients = make_parts(values)
+        short = {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
+        upstreams = tuple(make_upstream(*part) for part in parts(values["upstreams"], UPSTREAM_KEYS, "upstreams", short))
+        short = {**dict.fromkeys(CLIENT_KEYS), "token_env": values["client_token_env"]}
+        clients = tuple(make_client(*part, upstreams) for part in parts(values["clients"], CLIENT_KEYS, "clients", short))
         config = Config(file, raw, values["listen_port"] if port is None else port, dry_run, upstreams, clients,
                         frozenset(map(str.lower, values["allowed_hosts"])), values["max_request_bytes"],
                         values["upstream_timeout_seconds"], values["max_concurrent_requests"],
