@@ -337,16 +337,15 @@ class Redactor:
         """One that knows this secret too: that of a request in flight may have been rotated away long ago."""
         return self if secret is None or secret in self.secrets else Redactor((*self.secrets, secret), known=self)
 
-    def _window_places(self, data: bytes) -> list[tuple[int, bytes]]:
+    def _window_places(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         if len(data) < 2 * len(self.windows):       # many secrets in little text: one look-up a place costs less
-            return [(at, data[at:at + WINDOW]) for at in range(len(data)) if data[at:at + WINDOW] in self.windows]
-        found = []
+            yield from ((at, data[at:at + WINDOW]) for at in range(len(data)) if data[at:at + WINDOW] in self.windows)
+            return
         for window in self.windows:
             at = data.find(window)
             while at >= 0:
-                found.append((at, window))
+                yield at, window
                 at = data.find(window, at + 1)
-        return found
 
     def _places(self, data: bytes) -> Iterator[tuple[int, int]]:
         """(begin, end) of every whole form."""
@@ -662,24 +661,29 @@ def asked_for(raw: bytes) -> tuple[str | None, str | None]:
     return (line[1].decode("latin-1"), line[2].decode("latin-1")) if line else (None, None)
 
 
+def chunk_lines(extension: bytes, trailers: bytes, trailers_so_far: bytes) -> list[tuple[re.Pattern[bytes], re.Pattern[bytes]]]:
+    """What stands before the first chunk, before another one, and at the end; of each the whole, and any beginning of it."""
+    size = rb"([0-9A-Fa-f]{1,15})" + extension
+    return [(re.compile(whole), re.compile(so_far)) for whole, so_far in (
+        (size + rb"\r\n", size + rb"\r?"),
+        (rb"\r\n" + size + rb"\r\n", rb"\r(?:\n(?:" + size + rb"\r?)?)?"),
+        (trailers + rb"\r\n", trailers_so_far))]
+
+
 class Body:
     """Where a message's body ends (RFC 9112 sections 6 and 7), and what of the bytes that came belongs to it.
 
     A caller's body (`strict`) is held to the bare form: chunks without extensions, and no trailers.
     """
 
-    # The end of a chunk with the next one's size; the end of the last; and what may still become one of them.
-    STRICT = tuple(map(re.compile, (rb"(?:\r\n)?([0-9A-Fa-f]{1,15})\r\n", rb"\r\n", rb"(?:\r\n)?[0-9A-Fa-f]{0,15}\r?|\r")))
-    LENIENT = tuple(map(re.compile, (
-        rb"(?:\r\n)?([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,%d})?\r\n" % CHUNK_LINE_LIMIT,
-        rb"(?:[\t\x20-\x7e\x80-\xff]+\r\n)*\r\n",
-        rb"(?:\r\n)?(?:[0-9A-Fa-f]{1,15}[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,%d})?\r?)?|\r" % CHUNK_LINE_LIMIT)))
+    STRICT = chunk_lines(b"", b"", rb"\r")
+    LENIENT = chunk_lines(rb"[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,%d})?" % CHUNK_LINE_LIMIT,
+                          rb"(?:[\t\x20-\x7e\x80-\xff]+\r\n)*", rb"(?s:.{0,%d})" % TRAILERS_LIMIT)
 
     def __init__(self, length: int | None, chunked: bool, strict: bool) -> None:
         """`length` None and not chunked: until the connection ends."""
         self.chunked, self.left, self.done = chunked, 0 if chunked else length, length == 0
-        self.strict = strict
-        self.first, self.last = True, False     # whether the next size line is the first one, or the last one was read
+        self._lines, self._next = self.STRICT if strict else self.LENIENT, 0    # which line comes next
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
         """(the body's bytes among these, the rest: not yet readable, or behind the body). Raises Malformed."""
@@ -694,7 +698,6 @@ class Body:
 
     def _take_chunks(self, data: bytes) -> tuple[bytes, bytes]:
         pieces, at = [], 0
-        size_line, end, open_line = self.STRICT if self.strict else self.LENIENT
         while not self.done:
             if self.left:
                 pieces.append(data[at:at + self.left])
@@ -702,26 +705,17 @@ class Body:
                 self.left -= len(pieces[-1])
             if self.left or at == len(data):
                 break
-            line = (end if self.last else size_line).match(data, at)
-            if line is None or (not self.last and self.first == line[0].startswith(b"\r")):
-                self._check_open(data, at, open_line)
+            whole, so_far = self._lines[self._next]
+            line = whole.match(data, at)
+            if line is None and not so_far.fullmatch(data, at):
+                raise Malformed("its chunked body is broken, or has extensions or trailers")
+            if line is None:
                 break
-            at = line.end()
-            if self.last:
-                self.done = True
-            else:
-                self.first, self.left = False, int(line[1], 16)
-                self.last = not self.left
+            at, self.done = line.end(), self._next == 2
+            if not self.done:
+                self.left = int(line[1], 16)
+                self._next = 1 if self.left else 2
         return b"".join(pieces), data[at:]
-
-    def _check_open(self, data: bytes, at: int, open_line: re.Pattern[bytes]) -> None:
-        """What has not ended must still be able to become good."""
-        if self.last:
-            good = data[at:] == b"\r" if self.strict else len(data) - at <= TRAILERS_LIMIT
-        else:
-            good = open_line.fullmatch(data, at) is not None and self.first != data.startswith(b"\r", at)
-        if not good:
-            raise Malformed("its chunked body is broken, or has extensions or trailers")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1284,19 +1278,13 @@ class PromptSource(SecretSource):
         return TYPED_SECRETS[self.asked_for]
 
 
-def an_argv(value: Any) -> Any:
-    argv = a_list(r"[^\0\ud800-\udfff]*", "words, the program first: it is run without a shell")(value)
-    if not argv[0]:
-        raise ValueError("must begin with the program")
-    return argv
-
-
 A_PATH = a_text(r"[^\0\ud800-\udfff]+", "the path of a file")
+AN_ARGV = a_list(r"[^\0\ud800-\udfff]+", "words that are not empty, the program first: it is run without a shell")
 SECONDS = a_number(0.1, 86400)
 CACHE_SECONDS = (3600, a_number(0, 31 * 86400))
 SECRET_SOURCES: dict[str, tuple[type[SecretSource], KeyTable]] = {
     "env": (EnvironmentSource, {"name": (REQUIRED, a_text(VARIABLE, "the name of an environment variable"))}),
-    "command": (CommandSource, {"argv": (REQUIRED, an_argv), "timeout_seconds": (60, SECONDS), "cache_seconds": CACHE_SECONDS}),
+    "command": (CommandSource, {"argv": (REQUIRED, AN_ARGV), "timeout_seconds": (60, SECONDS), "cache_seconds": CACHE_SECONDS}),
     "file": (FileSource, {"path": (REQUIRED, A_PATH), "cache_seconds": CACHE_SECONDS}),
     "prompt": (PromptSource, {}),
     "none": (SecretSource, {}),
