@@ -1645,8 +1645,9 @@ TOP_LIST: Place = {None: {**HOLDER, b"error": {b"code": "error"}}}      # Gemini
 
 # Where a line may begin a JSON text; else the line is of no interest, but for an event's name.
 LINE = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r]*(data:[ \t]*)?([{\[])|[^\n]*\n\s*")
-# A string, its end if it has one; a bracket; a colon and a number or word behind it; an empty line, or the data's end.
-JSON_TOKEN = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*(")?|[{}\[\]]|:\s*([^\s"{}\[\],:]*)|\n\r?(?:\n|\Z)', re.S)
+# A string, its end if it has one, and, if it is a key, a number or word behind it; a bracket; an empty line, or the data's end.
+JSON_TOKEN = re.compile(
+    rb'"([^"\\\n]*(?:\\.[^"\\\n]*)*)("[ \t]*)?(?(2)(?::\s*([^\s"{}\[\],:]*))?)|[{}\[\]]|\n\r?(?:\n|\Z)', re.S)
 ERROR_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?event: ?error\s*")
 USAGE_BEGINS = re.compile(rb'usage(?:Metadata)?"\s*:\s*{')
 
@@ -1673,8 +1674,7 @@ class UsageReader:
         self._is_stream = False             # the JSON text that is read now is one of several
         self._places: list[Place] = []      # the way down to here in it; empty between two of them
         self._below = 0                     # brackets open further down, where nothing counts
-        self._key: bytes | None = None
-        self._has_colon = False             # the key's value comes next
+        self._key: bytes | None = None      # whose value comes next
         self._pending = b""                 # the beginning of a token; short
 
     def feed(self, data: bytes) -> None:
@@ -1732,7 +1732,6 @@ class UsageReader:
             self._is_several |= bool(match[1])
             self._is_stream = self._is_several or match[2] == b"["
             self._places, self._below, self._key = [ROOT if match[2] == b"{" else TOP_LIST], 0, None
-            self._has_colon = False
         elif ERROR_EVENT.fullmatch(match[0]):
             self.failed = True
         return match.end()
@@ -1741,24 +1740,11 @@ class UsageReader:
         """Reads up to the end of the JSON text, or of the data. Returns how far."""
         for match in JSON_TOKEN.finditer(data, at):
             token = match[0]
-            first = token[:1]
-            if first == b'"' and match[1] and self._has_colon:
-                self._take_value(token)
-            elif first == b'"' and match[1]:
-                self._key = None if self._below else token[1:-1]
-            elif first == b'"' and not data.startswith(b"\n", match.end()):     # cut; half an escape may stand behind it
-                self._pending = (token if len(token) <= KEY_LIMIT else b'"?') + data[match.end():]
-            elif first == b'"':                                 # broken: no string holds a line's end
-                self._places = []
-            elif first == b":" and match.end() == len(data):
-                self._pending = b":" + match[2][:COUNT_DIGITS + 1]
-            elif first == b":":         # without a key none of JSON's: an event's may stand on several `data:` lines
-                self._has_colon = self._key is not None
-                if self._has_colon and match[2]:
-                    self._take_value(match[2])
-            elif first in (b"{", b"["):
-                self._enter(first)
-            elif first != b"\n":
+            if match[1] is not None:
+                self._read_string(match, data)
+            elif token in b"{[":
+                self._enter(token)
+            elif token in b"}]":
                 self._leave()
             elif token.count(b"\n") == 1:                       # cut
                 self._pending = token
@@ -1767,6 +1753,20 @@ class UsageReader:
             if not self._places:
                 return match.end()
         return len(data)
+
+    def _read_string(self, match: re.Match[bytes], data: bytes) -> None:
+        """Reads a key with a number or word, or another string."""
+        is_short, has_end = len(match[0]) <= KEY_LIMIT, match[2] is not None
+        if not has_end and data.startswith(b"\n", match.end()):        # broken: no string holds a line's end
+            self._places = []
+        elif not has_end or (is_short and match.end() == len(data)):    # cut; half an escape may stand behind it
+            self._pending = (match[0] if is_short else b'"?') + data[match.end():]
+        elif match[3] is None:
+            self._take_value(match[0].rstrip())
+        else:
+            self._key = None if self._below else match[1]
+            if match[3]:
+                self._take_value(match[3])
 
     def _take_value(self, value: bytes) -> None:
         """Takes a number or word, a string with its quotes, or the bracket that opens a value."""
@@ -1778,7 +1778,7 @@ class UsageReader:
         elif isinstance(place, str) and value.isdigit() and len(value) <= COUNT_DIGITS:
             # The larger counts: some providers tell it again at the end, with zeros.
             self.counts[place] = max(self.counts[place], int(value))
-        self._key, self._has_colon = None, False
+        self._key = None
 
     def _enter(self, bracket: bytes) -> None:
         place = None if self._below else self._places[-1].get(self._key)
@@ -1793,7 +1793,7 @@ class UsageReader:
             self._below -= 1
         else:
             self._places.pop()
-        self._key, self._has_colon = None, False
+        self._key = None
 
 
 # ai.google.dev: `models/NAME:verb`; learn.microsoft.com: `openai/deployments/NAME/…`, also where `/openai` is in the base
