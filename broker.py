@@ -241,39 +241,29 @@ REDACTED, WINDOW = b"[redacted]", 6
 SHORTEST_HIDDEN = 12                    # a shorter word is no key, but would be everywhere
 
 
-def spelled(characters: Iterable[str], form: str, others: dict[int, str] | None = None) -> dict[int, str]:
-    """A table for str.translate: these characters by their number in a form such as `%%%02X`, others as they are there."""
-    return {**(others or {}), **{ord(character): form % ord(character) for character in characters}}
+def encodings(unsafe: Iterable[Iterable[str]], forms: str, others: Iterable[dict[int, str]] = ({},)) -> list[dict[int, str]]:
+    """Tables for str.translate, one for each way: these characters by their number in a form such as `%%%02X`, others so."""
+    return [{**other, **{ord(character): form % ord(character) for character in characters}}
+            for characters, form, other in itertools.product(unsafe, forms.split(), others)]
 
 
-def json_encodings() -> list[dict[int, str]]:
-    """Tables of the spellings in JSON texts; each writes a text as some encoder would."""
-    in_json = {ord('"'): '\\"', ord("\\"): "\\\\"}
-    in_php = {**in_json, ord("/"): "\\/"}
-    # Go; Python's json_script; PHP; Java's Gson; .NET.
-    return [{}, in_json, in_php, *(
-        spelled(unsafe, form, others) for unsafe in ("<>&", "<>&'", "<>&'\"", "<>&'=", "<>&'+`", "<>&'+`\"")
-        for form in ("\\u%04x", "\\u%04X") for others in (in_json, in_php))]
-
-
-def other_encodings() -> list[dict[int, str]]:
-    """Tables of all others that work character by character."""
-    every = [chr(code) for code in range(256)]
-    tables = [spelled(every, form) for form in ("%02x", "%02X")]
-    # Percent-encoding: every byte, or what the usual encoders call unsafe.
-    alphanumeric = "".join(character for character in every if character.isascii() and character.isalnum())
-    tables += [spelled(set(every) - set(safe), form) for form in ("%%%02x", "%%%02X") for safe in ("", *(
-        alphanumeric + more + tilde for tilde in ("", "~")
-        for more in ("-_.", "-_./", "-_.*", "-_.!*()", "-_.!*'()", "-_.$&+:=@", "-_.$&+,/:;=@", "-_.!*'();,/?:@&=+$#")))]
-    # HTML: numeric entities, with names for none, three or four of them (Go; Python, PHP, .NET and the template languages).
-    three = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
-    tables += [{**spelled(unsafe, form), **named} for named in ({}, three, {**three, ord('"'): "&quot;"})
-               for unsafe in map("&<>{}".format, ("", "\"'", "\"'+", "\"'+`", "\"'=", "\"'=`", "\"'=`/", "\"'+=`", "\"'+=`/"))
-               for form in ("&#%d;", "&#%03d;", "&#x%x;", "&#x%X;")]
-    return tables
-
-
-JSON_ENCODINGS, OTHER_ENCODINGS = json_encodings(), other_encodings()
+EVERY = {chr(code) for code in range(256)}
+PLAIN = {character for character in EVERY if character.isascii() and character.isalnum()}
+IN_JSON = {ord('"'): '\\"', ord("\\"): "\\\\"}
+IN_PHP = {**IN_JSON, ord("/"): "\\/"}
+# Go; Python's json_script; PHP; Java's Gson; .NET.
+JSON_ENCODINGS = [{}, IN_JSON, IN_PHP, *encodings(
+    ("<>&", "<>&'", "<>&'\"", "<>&'=", "<>&'+`", "<>&'+`\""), r"\u%04x \u%04X", (IN_JSON, IN_PHP))]
+# Of all others that work character by character: hex; percent-encoding of every byte, or of what the usual encoders call
+# unsafe; HTML's numeric entities, with names for none, three or four of them (Go; Python, PHP, .NET and template languages).
+UNRESERVED = ("-_.", "-_./", "-_.*", "-_.!*()", "-_.!*'()", "-_.$&+:=@", "-_.$&+,/:;=@", "-_.!*'();,/?:@&=+$#")
+IN_HTML, ENTITIES = ("", "\"'", "\"'+", "\"'+`", "\"'=", "\"'=`", "\"'=`/", "\"'+=`", "\"'+=`/"), "&#%d; &#%03d; &#x%x; &#x%X;"
+NAMED_ENTITIES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
+OTHER_ENCODINGS = [
+    *encodings([EVERY], "%02x %02X %%%02x %%%02X"),
+    *encodings([EVERY - PLAIN - {*safe, *tilde} for safe in UNRESERVED for tilde in ("", "~")], "%%%02x %%%02X"),
+    *encodings(["&<>" + more for more in IN_HTML], ENTITIES), *encodings(IN_HTML, ENTITIES, [NAMED_ENTITIES]),
+    *encodings([more.replace('"', "") for more in IN_HTML], ENTITIES, [{**NAMED_ENTITIES, ord('"'): "&quot;"}])]
 
 
 class Form(NamedTuple):
