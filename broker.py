@@ -718,23 +718,27 @@ QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$'()*+,:@/?=&\[\]]|%[0-9A-Fa-f]{2})*")
 WIDE_SEGMENTS = ("files", "batches", "fine_tuning", "uploads", "containers", "vector_stores", "assistants", "threads")
 
 
+def glob_matches(pattern: str, text: str, least: int) -> bool:
+    """Whether they match if each `*` stands for so many characters or more; in time linear in the text's length."""
+    first, *others = pattern.split("*")
+    if not others:
+        return pattern == text
+    at = len(first)
+    for part in others[:-1]:
+        at = text.find(part, at + least)
+        if at < 0:
+            return False
+        at += len(part)
+    return text.startswith(first) and text.endswith(others[-1]) and len(text) - len(others[-1]) >= at + least
+
+
 def segment_matches(pattern: str, segment: str) -> bool:
-    """Whether a path's segment matches a rule's, by at most two `*`, in time linear in its length.
+    """Whether a path's segment matches a rule's.
 
     `*` is one or more characters, but never the `:` of a pattern that has one: `*:generateContent` does not match
     `a:b:generateContent`.
     """
-    first, *others = pattern.split("*")
-    if not others:
-        return pattern == segment
-    if ":" in pattern and segment.count(":") != pattern.count(":"):
-        return False
-    if not segment.startswith(first) or not segment.endswith(others[-1]):
-        return False
-    between = segment[len(first):len(segment) - len(others[-1])]
-    if len(segment) < len(first) + len(others[-1]) + len(others):
-        return False
-    return len(others) == 1 or between.find(others[0], 1, len(between) - 1) >= 0
+    return (":" not in pattern or segment.count(":") == pattern.count(":")) and glob_matches(pattern, segment, 1)
 
 
 def paths_match(pattern: list[str], path: list[str]) -> bool:
@@ -2792,26 +2796,12 @@ def check_no_secret(head: RequestHead, body: bytes) -> None:
                            "remove it from the caller, and tell the key's owner to replace it")
 
 
-def model_matches(pattern: str, model: str) -> bool:
-    """`*` stands for any characters, or none."""
-    first, *others = pattern.split("*")
-    if not others:
-        return pattern == model
-    at = len(first)
-    for part in others[:-1]:
-        found = model.find(part, at)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return model.startswith(first) and model.endswith(others[-1]) and len(model) - len(others[-1]) >= at
-
-
 def check_model(client: ClientConfig, method: str, facts: BodyFacts) -> None:
     """Attack: an agent that may use a cheap model names a dear one, as a fallback say."""
     if client.models is None:
         return
     for model in facts.models:
-        if not isinstance(model, str) or not any(model_matches(pattern, model) for pattern in client.models):
+        if not isinstance(model, str) or not any(glob_matches(pattern, model, 0) for pattern in client.models):
             raise RequestError("model_not_allowed", f"{client.name} may not use the model {json.dumps(model)[:100]}; allowed: "
                                f"{', '.join(client.models)}. If it should, add it to allowed_models in its configuration")
     if not facts.models and method in BODY_METHODS and "*" not in client.models:
