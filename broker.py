@@ -841,6 +841,8 @@ def check_query(query: str) -> None:
 # A source is asked in a thread of its own, with no lock held: a vault that waits for a person stops nobody who needs it not.
 
 Json = dict[str, Any]
+Texts = dict[str, str]
+Waiting = Callable[[], None]            # called now and then while a thread waits; if it raises, only this waiter leaves
 Check = Callable[[Any], Any]            # the checked value, maybe in another form; ValueError with the words for the key
 KeyTable = dict[str, tuple[Any, Check]]          # key -> (default, check)
 T = TypeVar("T")
@@ -901,10 +903,11 @@ def checked_members(members: Json, table: KeyTable, prefix: str = "") -> Json:
                              + (f'did you mean "{near[0]}"?' if near else f"known are {', '.join(table) or 'none'}"))
     values = {}
     for key, (default, check) in table.items():
-        if key not in members and default is REQUIRED:
+        value = members.get(key, default)
+        if value is REQUIRED:
             raise ValueError(f'"{prefix}{key}" is missing: it is required, see the configuration table in README.md')
         try:
-            values[key] = check(members.get(key, default)) if key in members or default is not None else None
+            values[key] = check(value) if key in members or value is not None else None
         except ValueError as error:
             raise ValueError(f'"{prefix}{key}" {error}') from None
     return values
@@ -984,7 +987,7 @@ class SecretSource:
         return self.words.format(**vars(self))
 
 
-TAKEN_VARIABLES: dict[str, str] = {}    # taken out of os.environ, so that no child gets them; kept for a reload
+TAKEN_VARIABLES: Texts = {}    # taken out of os.environ, so that no child gets them; kept for a reload
 HIDDEN_VARIABLES: set[str] = set()      # further ones that no secret command gets
 
 
@@ -1017,7 +1020,7 @@ def command_path() -> str:
     return os.pathsep.join(filter(os.path.isabs, os.environ.get("PATH", os.defpath).split(os.pathsep)))
 
 
-def command_environment() -> dict[str, str]:
+def command_environment() -> Texts:
     kept = {name: value for name, value in os.environ.items() if name not in HIDDEN_VARIABLES.union(TAKEN_VARIABLES, ["PATH"])}
     # Left out where nothing remains: an empty PATH would be the current folder.
     return {**kept, "PATH": command_path()} if command_path() else kept
@@ -1312,8 +1315,7 @@ class Run(Generic[T]):
             self._error = error.with_traceback(None)
         self.done.set()
 
-    def result(self, while_waiting: Callable[[], None]) -> T:
-        """`while_waiting` is called now and then; if it raises, only this waiter leaves."""
+    def result(self, while_waiting: Waiting) -> T:
         while not self.done.wait(LOOK_SECONDS):
             while_waiting()
         if self._error is not None:
@@ -1339,7 +1341,7 @@ class SharedRun(Generic[T]):
             self._run = self.under_way() or Run(self._function)
             return self._run
 
-    def result(self, while_waiting: Callable[[], None]) -> T:
+    def result(self, while_waiting: Waiting) -> T:
         return self.start().result(while_waiting)
 
 
@@ -1375,7 +1377,7 @@ class SecretCache:
             self._failed_until = -math.inf
         return secret
 
-    def get(self, while_waiting: Callable[[], None]) -> Secret | None:
+    def get(self, while_waiting: Waiting) -> Secret | None:
         """The secret to attach. Raises SecretUnavailable; after a failure for some seconds again, without asking."""
         with self._lock:
             now = time.monotonic()
@@ -1402,7 +1404,7 @@ class SecretCache:
             return run.result(while_waiting) if run is not None else used
         return used
 
-    def resolve_now(self, while_waiting: Callable[[], None]) -> Secret | None:
+    def resolve_now(self, while_waiting: Waiting) -> Secret | None:
         """At the start and for SIGHUP: asks anew, whatever is remembered. Raises SecretUnavailable."""
         if isinstance(self.source, PromptSource):
             return self._resolve()              # in this thread: Ctrl-C has to reach the one that has turned the echo off
@@ -1428,7 +1430,7 @@ class DryCall(NamedTuple):
     method: str
     path: str                           # as it would go upstream, raw
     query: str
-    fields: dict[str, str]              # headers, names in lower case
+    fields: Texts              # headers, names in lower case
     body: Json
     size: int                           # of the body, in bytes
     checked_model: str | None
@@ -1857,7 +1859,7 @@ def path_served(path: str, rule: Rule) -> bool:
     return paths_match(rule.segments, path.split("/"))
 
 
-def client_variables(rules: Iterable[Rule], host: str, url: str, token: str) -> dict[str, str]:
+def client_variables(rules: Iterable[Rule], host: str, url: str, token: str) -> Texts:
     """What points the clients that the rules serve at the broker. `host`: the upstream's, with its port if it has one."""
     posts, host = [rule for rule in rules if rule.method == "POST"], re.sub(r"^(localhost|\[::1\])(?=:)", "127.0.0.1", host)
     found = [settings for places, settings in CLIENT_VARIABLES if posts and (
@@ -1929,8 +1931,8 @@ class UpstreamConfig(NamedTuple):
     source: SecretSource
     auth_header: str
     auth_scheme: str
-    extra_headers: dict[str, str]
-    environment: dict[str, str]
+    extra_headers: Texts
+    environment: Texts
     own_headers: frozenset[str]         # names that only the broker sets, lower case, `_` read as `-`
 
     def describe_credential(self) -> str:
@@ -4349,7 +4351,7 @@ def rules_of(client: ClientConfig, upstream: UpstreamConfig) -> list[Rule]:
     return found
 
 
-def variables_for(config: Config, client: ClientConfig, url: str, token: str) -> dict[str, str]:
+def variables_for(config: Config, client: ClientConfig, url: str, token: str) -> Texts:
     """What points a client's SDKs at the broker. Raises ConfigError where one variable would need two values."""
     found: dict[str, tuple[str, UpstreamConfig]] = {}
     upstreams = config.upstreams_of(client)[::-1]
@@ -4365,7 +4367,7 @@ def variables_for(config: Config, client: ClientConfig, url: str, token: str) ->
     return {**{name: value for name, (value, _) in found.items()}, **set_for_it}
 
 
-def environment_for(config: Config, run_as: RunAs, url: str, command: str) -> dict[str, str]:
+def environment_for(config: Config, run_as: RunAs, url: str, command: str) -> Texts:
     """Our own environment, less all that is secret, for the command that is served."""
     tokens = {os.environ.get(client.token_env or "", "") for client in config.clients} - {""}
     hidden = {*TAKEN_VARIABLES.values(), *HIDDEN.in_output.secrets, *tokens, run_as.token}
@@ -4417,11 +4419,8 @@ def describe(state: State) -> Iterator[str]:
         yield f"{name}: {upstream.config.address.url}, with {upstream.config.describe_credential()}"
         for rule in upstream.config.rules:
             yield f"allowed: {rule.text}"
-        if isinstance(upstream, Upstream):
-            if isinstance(upstream.config.source, CommandSource):
-                yield f"secret command: {upstream.config.source.argv[0]}"
-            if upstream.proxy is not None:
-                yield f"proxy from the environment: {upstream.proxy.host}:{upstream.proxy.port}"
+        if isinstance(upstream, Upstream) and upstream.proxy is not None:
+            yield f"proxy from the environment: {upstream.proxy.host}:{upstream.proxy.port}"
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         if os.environ.get(name) and not config.dry_run and any(upstream.address.secure for upstream in config.upstreams):
             yield f"trust store from the environment: {name}={os.path.abspath(os.environ[name])}"
@@ -4527,7 +4526,7 @@ def serve_until_stopped(server: Server, signals: Signals, reload: Callable[[], N
 
 
 def run_command(command: list[str], server: Server, signals: Signals, reload: Callable[[], None],
-                environment: dict[str, str]) -> int:
+                environment: Texts) -> int:
     """Serves while the command runs; returns what a shell would call its exit code."""
     import subprocess
     try:
