@@ -426,7 +426,8 @@ def printable(text: str) -> str:
 
 
 class PerMinute:
-    """So many of a kind are said or written a minute; the others are counted."""
+    """Attack: a caller that fills the disk, or the terminal, by being refused. So many lines of a kind a minute are written or
+    said; the others are counted."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
