@@ -247,8 +247,8 @@ def encodings(unsafe: Iterable[Iterable[str]], forms: str, others: Iterable[dict
             for characters, form, other in itertools.product(unsafe, forms.split(), others)]
 
 
-EVERY = {chr(code) for code in range(256)}
-PLAIN = {character for character in EVERY if character.isascii() and character.isalnum()}
+EVERY = {chr(code) for code in range(0x21, 0x7f)}    # that a secret may have
+PLAIN = {character for character in EVERY if character.isalnum()}
 IN_JSON = {ord('"'): '\\"', ord("\\"): "\\\\"}
 IN_PHP = {**IN_JSON, ord("/"): "\\/"}
 # Go; Python's json_script; PHP; Java's Gson; .NET.
