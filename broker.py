@@ -829,7 +829,7 @@ def check_query(query: str) -> None:
         name = urllib.parse.unquote_plus(parameter.partition("=")[0]).casefold().replace("_", "-")
         name = "".join(name.partition("[")[0].split())
         if CREDENTIAL_PARAMETERS.has(name) and name not in HARMLESS_PARAMETERS:
-            mend = ": give it to the client's header x-goog-api-key instead" if name == "key" else ""
+            mend = " (a client may show its token in the header x-goog-api-key instead)" if name == "key" else ""
             raise RequestError("query_not_allowed", f"the query names a credential ({name[:64]}), which only the broker "
                                f"attaches: leave that parameter out{mend}")
 
