@@ -271,10 +271,6 @@ class Form(NamedTuple):
     whole: bytes
     before: int
 
-    @property
-    def window(self) -> bytes:
-        return self.whole[self.before:self.before + WINDOW]
-
 
 def written_forms(secret: bytes, encodings: list[dict[int, str]]) -> set[Form]:
     """The secret as these tables write it."""
@@ -316,7 +312,7 @@ class Redactor:
             secret: made.get(secret) or forms_of(secret.encode("utf-8", "surrogateescape")) for secret in secrets}
         self.windows: dict[bytes, list[Form]] = collections.defaultdict(list)
         for form in set().union(*self.secrets.values()):
-            self.windows[form.window].append(form)
+            self.windows[form.whole[form.before:form.before + WINDOW]].append(form)
         self.forms = [form.whole for forms in self.windows.values() for form in forms]
         self.longest = max(map(len, self.forms), default=0)
         self.beginnings = frozenset(form[:WINDOW] for form in self.forms)
@@ -773,15 +769,14 @@ class Rule:
             raise ValueError('must be "/path", "METHOD /path" or "METHOD /path type/subtype"')
         self.method, self.path, self.type = match[1] or "POST", match[2], match[3] or JSON_TYPE
         self.prefix, self.segments, self.is_literal = prefix, match[2].split("/"), "*" not in match[2]
-        self.text = f"{self.method} {prefix}{self.path}" + (f" {self.type}" if self.type != JSON_TYPE else "")
-        has_dots = not {".", ".."}.isdisjoint(self.segments)
-        if not RULE_PATH.fullmatch(self.path) or len(prefix + self.path) > PATH_LIMIT or has_dots:
+        whole = prefix + self.path
+        self.text = f"{self.method} {whole}" + (f" {self.type}" if self.type != JSON_TYPE else "")
+        if not RULE_PATH.fullmatch(self.path) or len(whole) > PATH_LIMIT or not {".", ".."}.isdisjoint(self.segments):
             raise ValueError("no request can match it: a path is made of segments of A-Z a-z 0-9 . _ ~ : @ + , = - and * "
                              "between single slashes, without a query, a % or a slash at the end")
         if any("**" in segment or segment.count("*") > 2 for segment in self.segments):
             raise ValueError("`*` stands for characters inside one segment, at most twice in it and never as `**`: write a "
                              "rule for each depth")
-        whole = prefix + self.path
         if self.method == "CONNECT" or (whole, self.method) == (STATUS_PATH, "GET") or (prefix and self.path == "/") or (
                 whole in HEALTH_PATHS and self.method in ("GET", "HEAD")):
             raise ValueError("no request can match it: the broker answers this one itself")
@@ -798,10 +793,9 @@ class Rule:
     @property
     def is_wide(self) -> bool:
         """Whether it reaches stored data or open-ended jobs."""
+        told = [segment for segment in self.segments if re.fullmatch(r"[^*]+|[A-Za-z*]*[A-Za-z][A-Za-z*]*", segment)]
         return self.method == "DELETE" or self.segments[-1] == "*" or any(
-            segment in WIDE_SEGMENTS or (re.fullmatch(r"[A-Za-z*]*[A-Za-z][A-Za-z*]*", segment) is not None and "*" in segment
-                                         and any(segment_matches(segment, wide) for wide in WIDE_SEGMENTS))
-            for segment in self.segments)
+            segment_matches(segment, wide) for segment in told for wide in WIDE_SEGMENTS)
 
 
 class Allowlist(tuple[Rule, ...]):
@@ -915,7 +909,7 @@ def checked_members(members: Json, table: KeyTable, prefix: str = "") -> Json:
 
 
 # What vaults, files and shells give in place of a key, the more telling one first.
-WRONG_TEXTS = [(re.compile(pattern), words) for pattern, words in (
+WRONG_TEXTS = (
     (r"\A\s*\Z", "is empty"),
     (r"\A\ufeff", "begins with a byte-order mark: save it as UTF-8 without one"),
     (r"\A(?:\udcff\udcfe|\udcfe\udcff)|\0", "is UTF-16, or has NUL in it: save it as UTF-8"),
@@ -929,12 +923,12 @@ WRONG_TEXTS = [(re.compile(pattern), words) for pattern, words in (
     (r"[^\x00-\x7f]", "has a character beyond ASCII in it: give the value alone, copied from where it was made"),
     (r"\A.{0,15}\Z", "is shorter than 16 characters: is it the whole one?"),
     (r"\A.{4097}", "is longer than 4096 characters: give the value alone"),
-)]
+)
 
 
 def what_is_wrong(text: str) -> str:
     """Why this is no key and no token, in words that follow its name and show nothing of it; "" if it may be one."""
-    return next((words for pattern, words in WRONG_TEXTS if pattern.search(text)), "")
+    return next((words for pattern, words in WRONG_TEXTS if re.search(pattern, text)), "")
 
 
 class Secret:
@@ -1002,14 +996,14 @@ def take_variable(name: str) -> str | None:
 class EnvironmentSource(SecretSource):
     """A variable of the broker's own environment."""
 
-    kind, words = "env", "environment variable {name}"
-    name: str
+    kind, words = "env", "environment variable {variable}"
+    variable: str
 
     def __init__(self, name: str) -> None:
-        super().__init__(name=name, variable=name)
+        super().__init__(variable=name)
 
     def resolve(self) -> Secret:
-        value = take_variable(self.name)
+        value = take_variable(self.variable)
         if value is None:
             raise SecretUnavailable(f"{self.describe()} is not set: export it in the shell that starts the broker, or name "
                                     "another secret_source")
@@ -4279,14 +4273,14 @@ class Signals:
     The main thread looks up by itself: the system may give a signal to any thread, and Python handles it in the main one.
     """
 
-    NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
     HANG_UP, QUIT = getattr(signal, "SIGHUP", None), getattr(signal, "SIGQUIT", None)
 
     def __init__(self, serves: bool) -> None:
         self.raising, self._serves, self._has_terminal = True, serves, has_terminal()
         self._arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()     # the one kind that a handler may put into
-        for number in (getattr(signal, name) for name in self.NAMES):
-            INHERITED_SIGNALS[number] = signal.signal(number, self._take)
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGQUIT"):
+            if number := getattr(signal, name, None):
+                INHERITED_SIGNALS[number] = signal.signal(number, self._take)
 
     def _take(self, number: int, frame: Any) -> None:
         if not self.raising or (self._serves and self.is_reload(number)):
