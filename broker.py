@@ -551,12 +551,8 @@ class Head:
         self.line, self.minor = line, line["minor"] == "1"
         self.lines = [(name, name.lower(), value.strip("\t ")) for name, value in found]
         self.fields: dict[str, str] = {}        # by lower-case name; what came more than once is joined by commas
-        self.repeated: set[str] = set()
         for _, name, value in self.lines:
-            if name in self.fields:
-                self.repeated.add(name)
-                value = f"{self.fields[name]}, {value}"
-            self.fields[name] = value
+            self.fields[name] = f"{self.fields[name]}, {value}" if name in self.fields else value
         self.length, self.chunked = self._framing()
         self.connection = comma_separated(self.fields.get("connection", ""))
         self.keep_alive = "close" not in self.connection if self.minor else "keep-alive" in self.connection
@@ -626,7 +622,7 @@ class RequestHead(Head):
         self.method, self.target = str(self.line[1]), str(self.line[2])
         self.path, _, self.query = self.target.partition("?")
         self.decoded_path = decoded_path(self.path)
-        if "host" not in self.fields or "host" in self.repeated:
+        if [name for _, name, _ in self.lines].count("host") != 1:
             raise Malformed("it must have exactly one Host header")
 
 
