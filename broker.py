@@ -141,50 +141,45 @@ BODY_METHODS = ("POST", "PUT", "PATCH")
 TOKEN_HEADERS = ("x-broker-token", "authorization", "x-api-key", "api-key", "x-goog-api-key", "xi-api-key")
 
 
-class Names(NamedTuple):
+class Names:
     """A set of names, lower case, `_` read as `-` (WSGI and CGI servers can't tell the two apart)."""
-    exact: frozenset[str]
-    prefixes: tuple[str, ...]
-    suffixes: tuple[str, ...]
+
+    def __init__(self, text: str) -> None:
+        """Words such as `cookie*`, `*-key` and `via`."""
+        self._exact = frozenset(text.split())
+        self._prefixes = tuple(word[:-1] for word in self._exact if word.endswith("*"))
+        self._suffixes = tuple(word[1:] for word in self._exact if word.startswith("*"))
 
     def has(self, name: str) -> bool:
-        return name in self.exact or name.startswith(self.prefixes) or name.endswith(self.suffixes)
-
-    @classmethod
-    def of(cls, text: str, *others: Names) -> Names:
-        """Of words such as `cookie*`, `*-key` and `via`, and of all that others have."""
-        words = text.split()
-        return cls(frozenset(word for word in words if "*" not in word).union(*(other.exact for other in others)),
-                   sum((other.prefixes for other in others), tuple(word[:-1] for word in words if word.endswith("*"))),
-                   sum((other.suffixes for other in others), tuple(word[1:] for word in words if word.startswith("*"))))
+        return name in self._exact or name.startswith(self._prefixes) or name.endswith(self._suffixes)
 
 
 # Attack: a prompt-injected agent brings a credential of its own (`?key=` is read by Google), names another method or
 # path, or bills another organization. The caller brings no authority of its own: one vocabulary for headers and query.
-CREDENTIAL_PAIRS = [f"{owner}-{what}" for what in ("key", "token", "secret") for owner in (
-    "access", "api", "auth", "client", "id", "oauth", "private", "refresh", "secret", "security", "session", "subscription")]
-CREDENTIALS = Names.of("key token secret auth code authorization *-authorization *api-key *apikey " + " ".join(CREDENTIAL_PAIRS))
-CREDENTIAL_PARAMETERS = Names.of("x-* $*", CREDENTIALS)
+CREDENTIALS = "key token secret auth code authorization *-authorization *api-key *apikey " + " ".join(
+    f"{owner}-{what}" for what in ("key", "token", "secret") for owner in (
+        "access", "api", "auth", "client", "id", "oauth", "private", "refresh", "secret", "security", "session", "subscription"))
+CREDENTIAL_PARAMETERS = Names(f"x-* $* {CREDENTIALS}")
 HARMLESS_PARAMETERS = ("$alt",)
 # RFC 9110 section 7.6.1.
-HOP_BY_HOP = Names.of("connection keep-alive te trailer trailers transfer-encoding upgrade proxy*")
+HOP_BY_HOP = "connection keep-alive te trailer trailers transfer-encoding upgrade proxy*"
 PAYERS = "openai-organization openai-project"
-REQUEST_DROPPED = Names.of(
+REQUEST_DROPPED = Names(
     "*-key *-token *-secret *-auth cookie* x-http-method* *method-override x-original-* x-rewrite-* x-forwarded-* forwarded via "
     "x-real-ip host origin referer expect http2-settings accept-encoding accept-charset a-im range if-range content-length "
-    f"content-encoding x-goog-user-project {PAYERS}", CREDENTIALS, HOP_BY_HOP)
+    f"content-encoding x-goog-user-project {PAYERS} {CREDENTIALS} {HOP_BY_HOP}")
 REPORT_CELL = 60                        # characters
 REQUEST_KEPT = ("idempotency-key",)     # at the end of a name; it is no credential
 # What would give a web page or another origin a hold on the broker's answers, or name the account.
-ANSWER_DROPPED = Names.of(
+ANSWER_DROPPED = Names(
     "set-cookie* access-control-* www-authenticate alt-svc strict-transport-security clear-site-data refresh report-to "
     "reporting-endpoints nel speculation-rules timing-allow-origin content-security-policy* authentication-info server via "
     f"x-broker-* anthropic-organization-id content-length content-encoding x-content-type-options {PAYERS} "
-    "cross-origin-resource-policy", HOP_BY_HOP)
+    f"cross-origin-resource-policy {HOP_BY_HOP}")
 ANSWER_FIXED = ("X-Content-Type-Options: nosniff\r\nCross-Origin-Resource-Policy: same-origin\r\n"
                 "Content-Security-Policy: default-src 'none'; sandbox\r\n")
 # Headers that a configuration may not set: the broker does.
-BROKER_HEADERS = Names.of("host content-length content-type content-encoding accept-encoding expect x-broker-*", HOP_BY_HOP)
+BROKER_HEADERS = Names(f"host content-length content-type content-encoding accept-encoding expect x-broker-* {HOP_BY_HOP}")
 # A framing header in another spelling is read as the real one by some servers.
 FRAMING_NAMES = ("content-type", "content-encoding", "transfer-encoding")
 
@@ -1201,34 +1196,36 @@ class FileSource(SecretSource):
         return FileSource(**{**vars(self), "path": os.path.abspath(os.path.join(folder, self.path))})
 
     def resolve(self) -> Secret:
+        try:
+            return Secret(self._read().decode("utf-8", "surrogateescape"), self.path)
+        except OSError as error:
+            reason = "it is a link" if os.path.islink(self.path) else error.strerror
+            raise SecretUnavailable(f"{self.path} can't be read: {reason}: name a regular file of yours") from None
+        except ValueError as problem:
+            raise SecretUnavailable(f"{self.path} {problem}") from None
+
+    def _read(self) -> bytes:
+        """Raises OSError, and ValueError with what is wrong with the file."""
         path, trusted = self.path, is_credential_path(self.path)
         if trusted:
             path = os.path.realpath(path)       # Kubernetes and systemd link there from one file to another
             if not is_credential_path(path):
-                raise SecretUnavailable(f"{self.path} is a link to somewhere else: name the file itself")
+                raise ValueError("is a link to somewhere else: name the file itself")
         # O_NONBLOCK: a FIFO would hold us until somebody writes. What is checked is what was opened, not what has the name.
         flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
-        try:
-            with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
-                self._check(os.fstat(file.fileno()), trusted)
-                data = file.read(SECRET_OUTPUT_LIMIT + 1)
-        except (OSError, ValueError) as error:
-            reason = "it is a link" if os.path.islink(path) else getattr(error, "strerror", None) or error
-            raise SecretUnavailable(f"{self.path} can't be read: {reason}: name a regular file of yours") from None
+        with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+            status = os.fstat(file.fileno())
+            is_ours = os.name == "posix" and not trusted        # Windows has no mode bits that say who may read
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("is no regular file: name one")
+            if is_ours and status.st_uid not in (0, os.geteuid()):
+                raise ValueError("belongs to another user: copy it into a file of your own, then chmod 600")
+            if is_ours and status.st_mode & 0o077:
+                raise ValueError(f"is open to others (mode {stat.S_IMODE(status.st_mode):03o}): chmod 600 {self.path}")
+            data = file.read(SECRET_OUTPUT_LIMIT + 1)
         if len(data) > SECRET_OUTPUT_LIMIT:
-            raise SecretUnavailable(f"{self.path} is longer than {SECRET_OUTPUT_LIMIT // KIB} KiB: give the key alone")
-        return Secret(data.decode("utf-8", "surrogateescape"), self.path)
-
-    def _check(self, status: os.stat_result, trusted: bool) -> None:
-        if not stat.S_ISREG(status.st_mode):
-            raise SecretUnavailable(f"{self.path} is no regular file: name one")
-        if trusted or os.name != "posix":       # Windows has no mode bits that say who may read
-            return
-        if status.st_uid not in (0, os.geteuid()):
-            raise SecretUnavailable(f"{self.path} belongs to another user: copy it into a file of your own, then chmod 600")
-        if status.st_mode & 0o077:
-            raise SecretUnavailable(f"{self.path} is open to others (mode {stat.S_IMODE(status.st_mode):03o}): "
-                                    f"chmod 600 {self.path}")
+            raise ValueError(f"is longer than {SECRET_OUTPUT_LIMIT // KIB} KiB: give the key alone")
+        return data
 
 
 def ask_on_terminal(question: str) -> str:
@@ -1266,13 +1263,19 @@ class PromptSource(SecretSource):
         return TYPED_SECRETS[self.asked_for]
 
 
+def an_argv(value: Any) -> Any:
+    argv = a_list(r"[^\0\ud800-\udfff]*", "words, the program first: it is run without a shell")(value)
+    if not argv[0]:
+        raise ValueError("must begin with the program")
+    return argv
+
+
 A_PATH = a_text(r"[^\0\ud800-\udfff]+", "the path of a file")
-AN_ARGV = a_list(r"[^\0\ud800-\udfff]+", "words that are not empty, the program first: it is run without a shell")
 SECONDS = a_number(0.1, 86400)
 CACHE_SECONDS = (3600, a_number(0, 31 * 86400))
 SECRET_SOURCES: dict[str, tuple[type[SecretSource], KeyTable]] = {
     "env": (EnvironmentSource, {"name": (REQUIRED, a_text(VARIABLE, "the name of an environment variable"))}),
-    "command": (CommandSource, {"argv": (REQUIRED, AN_ARGV), "timeout_seconds": (60, SECONDS), "cache_seconds": CACHE_SECONDS}),
+    "command": (CommandSource, {"argv": (REQUIRED, an_argv), "timeout_seconds": (60, SECONDS), "cache_seconds": CACHE_SECONDS}),
     "file": (FileSource, {"path": (REQUIRED, A_PATH), "cache_seconds": CACHE_SECONDS}),
     "prompt": (PromptSource, {}),
     "none": (SecretSource, {}),
@@ -1290,28 +1293,30 @@ def a_secret_source(value: Any) -> SecretSource:
         raise ValueError(f"of kind {kind}: {error}") from None
 
 
-class Run(Generic[T]):
+class Run(threading.Thread, Generic[T]):
     """One call of a function in a thread of its own, for all who wait for its result."""
 
-    def __init__(self, function: Callable[[], T]) -> None:
-        self.done = threading.Event()
-        self._values: list[T] = []
-        self._error: BaseException | None = None
-        threading.Thread(target=self._work, args=(function,), daemon=True).start()
+    value: T
+    error: BaseException | None = None
 
-    def _work(self, function: Callable[[], T]) -> None:
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self.start()
+
+    def run(self) -> None:
         try:
-            self._values.append(function())
+            self.value = self._function()
         except BaseException as error:
-            self._error = error.with_traceback(None)
-        self.done.set()
+            self.error = error.with_traceback(None)
 
     def result(self, while_waiting: Waiting) -> T:
-        while not self.done.wait(LOOK_SECONDS):
+        while self.is_alive():
+            self.join(LOOK_SECONDS)
             while_waiting()
-        if self._error is not None:
-            raise copy.copy(self._error)        # one each: a shared one would gather every waiter's traceback
-        return self._values[0]
+        if self.error is not None:
+            raise copy.copy(self.error)         # one each: a shared one would gather every waiter's traceback
+        return self.value
 
 
 class SharedRun(Generic[T]):
@@ -1324,7 +1329,7 @@ class SharedRun(Generic[T]):
 
     def under_way(self) -> Run[T] | None:
         run = self._run
-        return None if run is None or run.done.is_set() else run
+        return run if run is not None and run.is_alive() else None
 
     def start(self) -> Run[T]:
         """The run under way, or else a new one."""
