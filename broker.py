@@ -236,18 +236,21 @@ REDACTED, WINDOW = b"[redacted]", 6
 SHORTEST_HIDDEN = 12                    # a shorter word is no key, but would be everywhere
 
 
-def encodings(unsafe: Iterable[Iterable[str]], forms: str, others: Iterable[dict[int, str]] = ({},)) -> list[dict[int, str]]:
-    """Tables for str.translate, one for each way: these characters by their number in a form such as `%%%02X`, others so."""
+Encoding = dict[int, str]               # for str.translate
+
+
+def encoding_tables(unsafe: Iterable[Iterable[str]], forms: str, others: Iterable[Encoding] = ({},)) -> list[Encoding]:
+    """One for each set of characters, which it writes by their number in one of the forms (`%%%02X`), others as another does."""
     return [{**other, **{ord(character): form % ord(character) for character in characters}}
             for characters, form, other in itertools.product(unsafe, forms.split(), others)]
 
 
-EVERY = {chr(code) for code in range(0x21, 0x7f)}    # that a secret may have
-PLAIN = {character for character in EVERY if character.isalnum()}
+EVERY_CHARACTER = {chr(code) for code in range(0x21, 0x7f)}      # that a secret may have
+SPECIAL = {character for character in EVERY_CHARACTER if not character.isalnum()}
 IN_JSON = {ord('"'): '\\"', ord("\\"): "\\\\"}
 IN_PHP = {**IN_JSON, ord("/"): "\\/"}
 # Go; Python's json_script; PHP; Java's Gson; .NET.
-JSON_ENCODINGS = [{}, IN_JSON, IN_PHP, *encodings(
+JSON_ENCODINGS = [{}, IN_JSON, IN_PHP, *encoding_tables(
     ("<>&", "<>&'", "<>&'\"", "<>&'=", "<>&'+`", "<>&'+`\""), r"\u%04x \u%04X", (IN_JSON, IN_PHP))]
 # Of all others that work character by character: hex; percent-encoding of every byte, or of what the usual encoders call
 # unsafe; HTML's numeric entities, with names for none, three or four of them (Go; Python, PHP, .NET and template languages).
@@ -255,10 +258,10 @@ UNRESERVED = ("-_.", "-_./", "-_.*", "-_.!*()", "-_.!*'()", "-_.$&+:=@", "-_.$&+
 IN_HTML, ENTITIES = ("", "\"'", "\"'+", "\"'+`", "\"'=", "\"'=`", "\"'=`/", "\"'+=`", "\"'+=`/"), "&#%d; &#%03d; &#x%x; &#x%X;"
 NAMED_ENTITIES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
 OTHER_ENCODINGS = [
-    *encodings([EVERY], "%02x %02X %%%02x %%%02X"),
-    *encodings([EVERY - PLAIN - {*safe, *tilde} for safe in UNRESERVED for tilde in ("", "~")], "%%%02x %%%02X"),
-    *encodings(["&<>" + more for more in IN_HTML], ENTITIES), *encodings(IN_HTML, ENTITIES, [NAMED_ENTITIES]),
-    *encodings([more.replace('"', "") for more in IN_HTML], ENTITIES, [{**NAMED_ENTITIES, ord('"'): "&quot;"}])]
+    *encoding_tables([EVERY_CHARACTER], "%02x %02X %%%02x %%%02X"),
+    *encoding_tables([SPECIAL - {*safe, *tilde} for safe in UNRESERVED for tilde in ("", "~")], "%%%02x %%%02X"),
+    *encoding_tables(["&<>" + more for more in IN_HTML], ENTITIES), *encoding_tables(IN_HTML, ENTITIES, [NAMED_ENTITIES]),
+    *encoding_tables([more.replace('"', "") for more in IN_HTML], ENTITIES, [{**NAMED_ENTITIES, ord('"'): "&quot;"}])]
 
 
 class Form(NamedTuple):
@@ -267,7 +270,7 @@ class Form(NamedTuple):
     before: int
 
 
-def written_forms(secret: bytes, encodings: list[dict[int, str]]) -> set[Form]:
+def written_forms(secret: bytes, encodings: list[Encoding]) -> set[Form]:
     """The secret as these tables write it."""
     first = max(0, len(secret) - WINDOW) // 2
     before, rest = secret[:first].decode("latin-1"), secret[first:].decode("latin-1")
@@ -342,11 +345,8 @@ class Redactor:
 
     def clean(self, data: bytes) -> bytes:
         """The data with every whole form replaced."""
-        places = list(self._places(data))
-        if not places:
-            return data
         pieces, done = [], 0
-        for begin, end in sorted(places, key=lambda place: (place[0], -place[1])):
+        for begin, end in sorted(self._places(data), key=lambda place: (place[0], -place[1])):
             if begin >= done:               # the first one counts, the longest of several that begin together
                 pieces += [data[done:begin], REDACTED]
                 done = end
@@ -473,12 +473,10 @@ class Stderr:
             if self._lost:
                 line, self._lost = f"{line}\nbroker: {self._lost} lines could not be written here in time", 0
             data = (line + "\n").encode("utf-8", "replace")
-            try:
+            with contextlib.suppress(OSError, ValueError):      # nobody can read it any more
                 while data and sys.stderr is not None:
                     # Not by way of sys.stderr: it has a lock that the interpreter's own end would wait for.
                     data = data[os.write(sys.stderr.fileno(), data):]
-            except (OSError, ValueError):
-                pass                        # nobody can read it any more
 
     def close(self) -> None:
         """What is queued still goes out, if somebody reads it."""
@@ -1463,22 +1461,22 @@ class DryCall(NamedTuple):
         return [{"object": "embedding", "index": index, "embedding": vector} for index in range(count)]
 
 
-EVENTS, JSON_LINES = "text/event-stream; charset=utf-8", "application/x-ndjson"
+EVENT_STREAM, JSON_LINES = "text/event-stream; charset=utf-8", "application/x-ndjson"
 
 
 class Shape(NamedTuple):
-    """One call of an API. Answers are JSON with `$name` for one of PARTS or an attribute of DryCall."""
+    """One call of an API. Answers are JSON with `$name` for one of ANSWER_PARTS or an attribute of DryCall."""
     method: str
     ends: tuple[str, ...]               # of its path: before them may stand /v1, /openai/deployments/NAME, …
     whole: str                          # the answer in one piece, if it has that form
     stream: tuple[str, ...] = ()        # its events; one with `$piece` comes once for each, one with `?` only where asked for
-    kind: str = EVENTS                  # of the stream
+    kind: str = EVENT_STREAM            # of the stream
     example: str = ""                   # the body of a first call; `MODEL` is for the user to replace
     header: str = ""                    # that a first call needs, beside the token's
     told_by: str = ""                   # the header that tells it from another call of its path
 
 
-PARTS = {                               # OpenRouter's client wants `system_fingerprint` to be a string
+ANSWER_PARTS = {                        # OpenRouter's client wants `system_fingerprint` to be a string
     "openai": '"created": 1767225600, "model": $model, "system_fingerprint": "fp_dryrun"',
     "chunk": '"id": "chatcmpl-dryrun", "object": "chat.completion.chunk", $openai',
     "completion": '"id": "cmpl-dryrun", "object": "text_completion", $openai',
@@ -1590,7 +1588,7 @@ def shape_of(method: str, path: str, fields: Iterable[str] = ()) -> Shape:
 
 def filled(template: str, call: DryCall) -> str:
     def value(word: re.Match[str]) -> str:
-        return filled(PARTS[word[1]], call) if word[1] in PARTS else json.dumps(getattr(call, word[1]))
+        return filled(ANSWER_PARTS[word[1]], call) if word[1] in ANSWER_PARTS else json.dumps(getattr(call, word[1]))
     return re.sub(r"\$(\w+)", value, template)
 
 
@@ -1611,7 +1609,7 @@ def canned_answer(call: DryCall) -> CannedAnswer:
         return JSON_TYPE, [f"[{', '.join(events)}]".encode()]
     # An event that has a type is called by it.
     framed = (f"data: {event}\n\n" for event in events)
-    return EVENTS, [re.sub('^(?=data: {"type": "(.+?)")', r"event: \1\n", event).encode() for event in framed]
+    return EVENT_STREAM, [re.sub('^(?=data: {"type": "(.+?)")', r"event: \1\n", event).encode() for event in framed]
 
 
 # What a count is called -> what it counts. `prompt` includes what came from a cache; `input` does too where `cached` is
@@ -2028,13 +2026,13 @@ def a_moment(value: Any) -> datetime:
 
 
 A_LIMIT = a_number(1, 10 ** 12, whole=True)
-RULES = a_list(r"(?s).*", 'rules such as "/v1/chat/completions" and "GET /v1/models"')      # looked at with their prefix
+SOME_RULES = a_list(r"(?s).*", 'rules such as "/v1/chat/completions" and "GET /v1/models"')      # looked at with their prefix
 NAMED_PARTS = a_map(NAME, None, "a non-empty object of objects; each has a name, of at most 64 of A-Z a-z 0-9 . _ -, a letter or "
                     "digit first")
 UPSTREAM_KEYS: KeyTable = {
     "base_url": (REQUIRED, a_base_url),
     "prefix": ("", a_text(rf"(?:(?:/(?!\.\.?(?:/|$)){PLAIN_SEGMENT})+)?", 'a path such as "/github", no slash at its end')),
-    "allowed_paths": (REQUIRED, RULES),
+    "allowed_paths": (REQUIRED, SOME_RULES),
     "secret_source": (REQUIRED, a_secret_source),
     "auth_header": ("Authorization", a_text(HEADER_NAME, 'the name of a header, such as "Authorization" or "x-api-key"')),
     "auth_scheme": ("Bearer", a_text(r"[!-~]*", 'one word such as "Bearer", or "" for none')),
@@ -2046,7 +2044,7 @@ UPSTREAM_KEYS: KeyTable = {
 CLIENT_KEYS: KeyTable = {
     "token_env": (REQUIRED, a_text(VARIABLE, "the name of an environment variable that holds this client's token")),
     "upstreams": (None, a_list("(?s).+", "names of upstreams")),
-    "allowed_paths": (None, RULES),
+    "allowed_paths": (None, SOME_RULES),
     "allowed_models": (None, a_list("(?s).+", 'patterns such as "gpt-4o-mini*"')),
     "requests_per_minute": (None, A_LIMIT),
     "max_concurrent_requests": (None, A_LIMIT),
@@ -2144,8 +2142,8 @@ def make_client(name: str, values: Json, key: str, upstreams: Iterable[UpstreamC
     return ClientConfig._make((name, *{**values, "upstreams": chosen, "allowed_paths": rules}.values()))
 
 
-def parts(named: Json | None, table: KeyTable, key: str,
-          short: Json) -> Iterator[tuple[str, Json, str]]:
+def checked_parts(named: Json | None, table: KeyTable, key: str,
+                  short: Json) -> Iterator[tuple[str, Json, str]]:
     """(name, checked values, what stands before its keys in an error) of each upstream or client, in either form."""
     if named is None:
         yield DEFAULT_NAME, short, ""
@@ -2213,9 +2211,9 @@ def load_config(file: str, dry_run: bool = False, port: int | None = None) -> Co
         dry_run = dry_run or raw.get("mode") == "dry_run"
         values = checked_members(raw, keys_for(raw, dry_run))
         short = {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
-        upstreams = tuple(make_upstream(*part) for part in parts(values["upstreams"], UPSTREAM_KEYS, "upstreams", short))
+        upstreams = tuple(make_upstream(*part) for part in checked_parts(values["upstreams"], UPSTREAM_KEYS, "upstreams", short))
         short = {**dict.fromkeys(CLIENT_KEYS), "token_env": values["client_token_env"]}
-        clients = tuple(make_client(*part, upstreams) for part in parts(values["clients"], CLIENT_KEYS, "clients", short))
+        clients = tuple(make_client(*part, upstreams) for part in checked_parts(values["clients"], CLIENT_KEYS, "clients", short))
         config = Config(file, raw, values["listen_port"] if port is None else port, dry_run, upstreams, clients,
                         frozenset(map(str.lower, values["allowed_hosts"])), values["max_request_bytes"],
                         values["upstream_timeout_seconds"], values["max_concurrent_requests"],
