@@ -4404,6 +4404,22 @@ def proxy_warnings(config: Config) -> Iterator[str]:
                    "twice: leave it out of one of them")
 
 
+def describe_client(config: Config, client: ClientConfig, is_shown: bool) -> Iterator[str]:
+    """What one client may do."""
+    yield "caller token: " + ("none: any program on this machine may use the key" if client.token_env is None else
+                              "a random one for each run" if is_shown else f"from environment variable {client.token_env}")
+    if client.rules is not None or len(client.upstreams) < len(config.upstreams):
+        for rule in Caller(client, None, config.upstreams_of(client)).rules:
+            yield f"may ask for {rule.text}"
+    if client.models is not None:
+        yield f"models: {', '.join(client.models)}"
+    for name, limit in client.limits.items():
+        yield f"{name}: {limit}"
+    if client.expires is not None:
+        over = " (over)" if client.expires <= datetime.now(timezone.utc) else ""
+        yield f"expires: {client.expires.isoformat()}{over}"
+
+
 def describe(state: State) -> Iterator[str]:
     """What is allowed, in plain words: the lines that --check and a start have in common."""
     config = state.config
@@ -4421,22 +4437,6 @@ def describe(state: State) -> Iterator[str]:
     for client in config.clients:
         shown = client.name in state.shown_tokens
         yield from (f"client {client.name}: {line}" for line in describe_client(config, client, shown))
-
-
-def describe_client(config: Config, client: ClientConfig, is_shown: bool) -> Iterator[str]:
-    """What one client may do."""
-    yield "caller token: " + ("none: any program on this machine may use the key" if client.token_env is None else
-                              "a random one for each run" if is_shown else f"from environment variable {client.token_env}")
-    if client.rules is not None or len(client.upstreams) < len(config.upstreams):
-        for rule in Caller(client, None, config.upstreams_of(client)).rules:
-            yield f"may ask for {rule.text}"
-    if client.models is not None:
-        yield f"models: {', '.join(client.models)}"
-    for name, limit in client.limits.items():
-        yield f"{name}: {limit}"
-    if client.expires is not None:
-        over = " (over)" if client.expires <= datetime.now(timezone.utc) else ""
-        yield f"expires: {client.expires.isoformat()}{over}"
 
 
 def paste_lines(state: State, url: str) -> Iterator[str]:
