@@ -1159,6 +1159,13 @@ class TheSecretItself(DoorTestCase):
                 self.served.wait_stderr("(?i)secret", start=start)
         self.assert_lets_in()
 
+    def test_again_and_again_is_told_twenty_times_a_minute_at_most(self):
+        broker = self.broker(self.upstream)
+        for _ in range(30):
+            self.assert_refused(broker.post_json(CHAT, {"a": broker.secret}), 403, "secret_in_request")
+        broker.close()
+        self.assertEqual(broker.stderr_text().count("ALARM"), 20)
+
     def test_in_a_chunked_body_is_refused_too(self):
         body = json.dumps({"a": self.served.secret}).encode()
         half = body.index(b"canary")
@@ -1282,6 +1289,14 @@ class RefusalWhileTheBodyIsStillComing(DoorTestCase):
             self.assertEqual(caller.read_answer().status, 401)
             # Nothing more is sent: after a second of waiting the broker hangs up.
             self.assertEqual(caller.read_all(), b"")
+
+    def test_of_a_stranger_is_not_read_to_its_end(self):
+        size = 48 << 20
+        with self.served.connect(timeout=10) as caller:
+            caller.send(self.served.head("POST", CHAT, [JSON, ("Content-Length", size)], token=False))
+            self.assertEqual(caller.read_answer().status, 401)
+            with self.assertRaises(ConnectionError):
+                caller.send(b"x" * size)
 
 
 class ManyRequestsAtOnce(BrokerTestCase):
