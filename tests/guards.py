@@ -69,7 +69,7 @@ JSON = ("Content-Type", "application/json")
 FORM = ("Content-Type", "multipart/form-data; boundary=x")
 CHUNKED = ("Transfer-Encoding", "chunked")
 OK = b"HTTP/1.1 200 OK\r\n"
-WORKERS = 2
+WORKERS = 3  # one more than a small machine has cores: many a test goes red by waiting in vain
 TEST_SECONDS = 60
 ENOUGH_SECONDS = 3  # what has not come by then is taken for not coming
 
@@ -140,7 +140,8 @@ class Scene:
 
     @staticmethod
     def _end(broker: Broker) -> None:
-        # What it let out is the attack's to judge.
+        # What it let out is the attack's to judge, and nobody waits for its end.
+        broker.process.kill()
         with contextlib.suppress(AssertionError):
             broker.close()
 
@@ -305,11 +306,6 @@ def hides_the_secret_in_gzip(scene: Scene) -> bool:
 def sends_the_secret(scene: Scene) -> bool:
     broker = scene.broker(scene.stub())
     return broker.post_json(CHAT, {"note": broker.secret}).code is None
-
-
-def sends_the_secret_half_encoded(scene: Scene) -> bool:
-    broker = scene.broker(scene.stub())
-    return broker.request("GET", f"{MODELS}?note=%{ord(broker.secret[0]):x}{broker.secret[1:]}").code is None
 
 
 def sends_the_secret_forty_times(scene: Scene) -> bool:
@@ -615,14 +611,14 @@ def starts_anew_with_its_budget(scene: Scene) -> bool:
 
 
 def is_charged_nothing(scene: Scene) -> bool:
-    silent = lambda conn, _: conn.respond_json({"text": "x" * 8000})  # noqa: E731
-    scene.ask(body={"max_tokens": 900}, handler=silent, config=a_client(tokens_per_day=1000))
-    return scene.served.post_json(CHAT, {"max_tokens": 900}).code is None
+    body, config = {"max_tokens": 900}, a_client(tokens_per_day=1000)
+    scene.ask(body=body, handler=lambda conn, _: conn.respond_json({"text": "x" * 8000}), config=config)
+    return scene.served.post_json(CHAT, body).code is None
 
 
 def speaks_of_usage(scene: Scene) -> bool:
-    lies = lambda conn, _: conn.respond_json({"output": {"usage": {"prompt_tokens": 900}}, "usage": {"prompt_tokens": 1}})  # noqa: E731
-    scene.ask(handler=lies)
+    answer = {"output": {"usage": {"prompt_tokens": 900}}, "usage": {"prompt_tokens": 1}}
+    scene.ask(handler=lambda conn, _: conn.respond_json(answer))
     return scene.served.wait_event(event="response")["usage"]["input_tokens"] == 900
 
 
@@ -651,11 +647,6 @@ def sends_without_a_token_and_without_end(scene: Scene) -> bool:
         caller.read_answer()
         caller.send(b"x" * size)
     return True
-
-
-def asks_for_numbers(scene: Scene) -> bool:
-    body = {"model": "m", "input": ["a"] * 500, "dimensions": 4096}
-    return len(scene.ask(path="/v1/embeddings", body=body, dry_run=True).body) > 4_000_000
 
 
 def does_not_read_stderr(scene: Scene) -> bool:
@@ -754,14 +745,10 @@ class Guard(NamedTuple):
     codes: str = ""
 
 
-HEADS = "test_http_hygiene.MalformedHead.test_is_refused_and_the_connection_closed"
 FRAMING = "test_http_hygiene.AmbiguousFraming.test_is_refused_and_the_connection_closed"
 PATHS = "test_http_hygiene.Path.test_with_a_character_or_segment_that_no_api_needs_is_refused"
-PAGES = "test_who_gets_in.WebPageAtTheDoor.test_is_refused_by_what_its_browser_says"
 AUTHORITY = "test_forwarding.TheCallerBringsNoAuthority.test_by_any_header_that_means_some"
-SPELLINGS = "test_forwarding.TheCallerBringsNoAuthority.test_by_a_name_that_another_server_may_read_as_one_of_these"
 ANSWERS = "test_streaming.TheAnswersHead.test_loses_each_dropped_header"
-LINKED_LOG = "test_event_log.File.test_is_neither_a_link_nor_a_fifo_nor_somebody_elses"
 
 GUARDS = (
     # ------------------------------------------------------------------------------------------------------------------
@@ -771,7 +758,8 @@ GUARDS = (
           "test_process_guards.PlantedModule.test_beside_it_is_not_loaded_at_any_time", plants_a_module),
     Guard("cloned_folder", "A cloned folder brings a broker_config.json that runs a command of its author's.",
           "if options.config is None and upstream.source.kind not in UNASKED_SOURCES:", "if False:",
-          "test_config.NoConfigNamed.test_runs_no_command_that_a_folder_brings", brings_a_folder),
+          "test_secret_sources.FromAFileThatWillNotDo.test_is_not_even_read_where_nobody_named_the_configuration",
+          brings_a_folder),
     Guard("writable_config", "Another user writes into the configuration, and so redirects the key.",
           "if found.st_mode & stat.S_IWOTH and not sticky:", "if False:",
           "test_config.WhoMayWriteTheFiles.test_a_configuration_or_folder_that_the_world_may_write_is_refused",
@@ -799,7 +787,7 @@ GUARDS = (
           "test_secret_sources.FromWhichFile.test_is_one_that_its_owner_alone_may_read", reads_a_key(linked_key)),
     Guard("secret_as_token", "The caller token is the secret itself, so whoever calls holds the key.",
           "if digest(secret.reveal()) in callers:", "if False:",
-          "test_config.TheToken.test_may_not_be_the_secret_that_a_command_brings", shows_the_secret_as_a_token),
+          "test_secrets.Reload.test_with_a_secret_that_is_the_new_token_changes_neither", shows_the_secret_as_a_token),
     Guard("memory_of_the_process", "An agent of the same user reads the key in the broker's environment or memory.",
           "prctl(pr_set_dumpable, 0,", "prctl(pr_set_dumpable, 1,",
           "test_process_guards.OtherProgramsOfTheSameUser.test_read_an_unguarded_program_but_not_the_broker",
@@ -835,7 +823,8 @@ GUARDS = (
     # 1. The bytes are one unambiguous HTTP request
     Guard("bare_lf", "A header that ends in LF alone is two headers for one reader, and none for another.",
           'if len(found) != rest.count("\\n"):', "if False:",
-          HEADS, sent(lambda broker: broker.head("GET", MODELS)[:-2] + b"X-Note: a\nX-Hidden: b\r\n\r\n"), codes="bad_request"),
+          "test_http_hygiene.MalformedHead.test_is_refused_and_the_connection_closed",
+          sent(lambda broker: broker.head("GET", MODELS)[:-2] + b"X-Note: a\nX-Hidden: b\r\n\r\n"), codes="bad_request"),
     Guard("two_lengths",
           "Of two lengths we take the one and a server behind us the other: what lies between is a request of its own.",
           'raise Malformed("its Content-Length is not one plain number, once")', 'length = length.split(",")[0]',
@@ -880,7 +869,8 @@ GUARDS = (
     Guard("web_page_without_origin",
           "A web page has an image or a script loaded from localhost, for which browsers send no Origin.",
           'if not head.fields.keys().isdisjoint(("sec-fetch-site", "access-control-request-method")):', "if False:",
-          PAGES, passes("GET", MODELS, headers={"Sec-Fetch-Site": "cross-site"}), codes="browser_not_allowed"),
+          "test_who_gets_in.WebPageAtTheDoor.test_is_refused_by_what_its_browser_says",
+          passes("GET", MODELS, headers={"Sec-Fetch-Site": "cross-site"}), codes="browser_not_allowed"),
     # ------------------------------------------------------------------------------------------------------------------
     # 5. It shows a caller's token
     Guard("no_token", "Another program on this machine uses the key.",
@@ -931,7 +921,7 @@ GUARDS = (
           codes="rate_limited"),
     Guard("requests_at_once", "Callers take all threads and connections.",
           "if self.in_flight >= limit:", "if False:",
-          "test_who_gets_in.ManyRequestsAtOnce.test_beyond_the_limit_are_turned_away_until_one_has_ended",
+          "test_load.TooManyRequests.test_get_a_clean_refusal_and_the_others_their_answer",
           beside_one_in_flight({}, {"max_concurrent_requests": 1}), codes="too_many_requests_in_flight"),
     # ------------------------------------------------------------------------------------------------------------------
     # 7. Its body can be read in one way, holds no secret, and asks for what its caller may have
@@ -1021,10 +1011,10 @@ GUARDS = (
     Guard("log_behind_a_hard_link",
           "Somebody puts another name of a file of yours in the log's place, and the broker writes into it.",
           "if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:", "if False:",
-          LINKED_LOG, writes_to(os.link)),
+          "test_event_log.File.test_is_neither_a_link_nor_a_fifo_nor_somebody_elses", writes_to(os.link)),
     Guard("log_behind_a_link", "The same with a symbolic link.",
           '"O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY"', '"O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY"',
-          LINKED_LOG, writes_to(os.symlink)),
+          "test_event_log.File.test_deleted_and_replaced_by_a_link_is_not_written", writes_to(os.symlink)),
     Guard("open_log", "Another user reads who asked for what.",
           "os.fchmod(fd, 0o600)", "pass",
           "test_event_log.File.test_is_for_its_user_alone_even_if_it_was_not", finds_the_log_open),
@@ -1070,7 +1060,8 @@ GUARDS = (
           AUTHORITY, arrives("X_Vault_Token", "mine")),
     Guard("strange_name", "The same under a name with a character that some servers read as `-`.",
           'if plain.replace("-", "").isalnum() and', "if",
-          SPELLINGS, arrives("X.Vault.Token", "mine")),
+          "test_forwarding.TheCallerBringsNoAuthority.test_by_a_name_that_another_server_may_read_as_one_of_these",
+          arrives("X.Vault.Token", "mine")),
     Guard("payer", "An agent bills another organization that the key belongs to.",
           "content-encoding x-goog-user-project {PAYERS}", "content-encoding",
           AUTHORITY, arrives("OpenAI-Organization", "org-other")),
@@ -1176,7 +1167,7 @@ GUARDS = (
           keeps_the_connection_after("GET", b"{}")),
     Guard("cut_answer", "An answer that was cut looks complete, and half a command is carried out.",
           "if self._body.chunked or self._body.left is not None:", "if False:",
-          "test_streaming.TheUpstreamBreaksOff.test_and_the_answer_never_looks_complete",
+          "test_streaming.TheUpstreamBreaksOff.test_at_any_byte_and_it_is_never_taken_for_whole",
           answer_is_taken_for_whole(tls=False, head=b"Content-Length: 99\r\n")),
     Guard("cut_tls", "The same where somebody in the network's path cuts the connection, and the answer has no length.",
           "suppress_ragged_eofs=False", "suppress_ragged_eofs=True",
@@ -1256,7 +1247,7 @@ class Seen(NamedTuple):
 
 
 def attack_in(place: str, guard: Guard) -> str:
-    """"works" or "fails", the reason behind it if it is known."""
+    """Whether it "works" or "fails", with the reason if one is known."""
     try:
         if guard.curl and not shutil.which("curl"):
             raise unittest.SkipTest("curl is not installed")
@@ -1267,7 +1258,7 @@ def attack_in(place: str, guard: Guard) -> str:
 
 
 def test_in(place: str, test: str) -> str:
-    """"red", "green", or what else became of it."""
+    """Whether it is "red" or "green", or what else became of it."""
     command = [sys.executable, "-m", "unittest", "-f", "tests." + test]
     process = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
