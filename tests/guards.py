@@ -188,7 +188,7 @@ def comes_back(name: str, value: str) -> Attack:
 
 
 def shows_the_secret(answer_with: Callable[[Any, str], None]) -> Attack:
-    """Works if the secret is in the answer, plainly or in base64; `answer_with(connection, secret)` is the upstream."""
+    """Works if the secret is in the answer, plainly, in base64 or compressed; `answer_with(conn, secret)` is the upstream."""
 
     def attack(scene: Scene) -> bool:
         answer = scene.ask(handler=lambda conn, request: answer_with(conn, request.header("Authorization")[len("Bearer ") :]))
@@ -472,7 +472,7 @@ def answers_the_next_caller(at_once: bool) -> Attack:
     def attack(scene: Scene) -> bool:
         scene.ask(handler=answer)
         if not at_once:
-            scene.upstream.all_connections[0].send(planted)
+            scene.upstream.all_connections[0].send(planted)  # it lies there before the request is sent
         return scene.served.post_json(CHAT, {}).body == b"planted"
 
     return attack
@@ -528,7 +528,8 @@ def tells_the_end_of_the_key(scene: Scene) -> bool:
     def reject(conn: Any, request: Any) -> None:
         conn.respond_json({"error": {"message": "no key ends in " + request.header("Authorization")[-8:]}}, 401)
 
-    return scene.ask(handler=reject).message.find(scene.served.secret[-8:]) >= 0
+    message = scene.ask(handler=reject).message
+    return scene.served.secret[-8:] in message
 
 
 def splits_the_secret(scene: Scene) -> bool:
