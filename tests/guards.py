@@ -516,6 +516,8 @@ def answer_is_taken_for_whole(tls: bool, head: bytes) -> Attack:
         conn.close(notify=False)
 
     def attack(scene: Scene) -> bool:
+        if tls and sys.version_info < (3, 10):
+            raise unittest.SkipTest("this Python's own ssl takes no cut for an end")
         broker = scene.broker(scene.stub(cut, tls=tls))
         with broker.connect() as caller:
             caller.send(broker.post_bytes(CHAT, {}))
