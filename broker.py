@@ -1362,9 +1362,8 @@ class SecretCache:
             failure = str(error) if isinstance(error, SecretUnavailable) else f"its source fails with {type(error).__name__}"
             with self._lock:
                 self._failure, self._failed_until = failure, time.monotonic() + FAILURE_SECONDS
-                serving = self._fresh_until > -math.inf
-            if serving:
-                self._say_failure(failure)
+                if self._fresh_until > -math.inf:
+                    self._say_failure(failure)
             raise SecretUnavailable(failure) from None
         with self._lock:
             self._secret, self._fresh_until = secret, time.monotonic() + self.source.cache_seconds
@@ -4604,14 +4603,13 @@ def run_check(config: Config) -> int:
         if config.has_budgets:
             used_today(config.event_log)
         state.resolve_secrets()
-    for line in (f"{config.file} is valid", *describe(state), f"listens on: http://127.0.0.1:{config.listen_port}",
+    resolved = "" if config.dry_run else ", and the secret was resolved"
+    for line in (f"{config.file} is valid{resolved}", *describe(state), f"listens on: http://127.0.0.1:{config.listen_port}",
                  f"hosts a caller may use: {', '.join(sorted(config.allowed_hosts))}", f"event log: {config.event_log}",
                  *(f"warning: {warning}" for warning in warnings)):
         print(printable(line))
     for upstream in state.upstreams.values():
         if isinstance(upstream, Upstream):
-            if upstream.config.source.kind != "none":
-                print(f"the secret of {upstream.config.name} was resolved")
             print(printable(check_upstream(upstream)))
     return 0
 
@@ -4715,9 +4713,10 @@ def parse_arguments(argv: list[str]) -> tuple[Any, list[str]]:
     parser.add_argument("--port", type=int, metavar="N", help="instead of listen_port; 0 for any free port")
     parser.add_argument("--client", metavar="NAME", help="before `--`: as which client the command runs, where there are several")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--check", action="store_true", help="validate, resolve the secret, say what would be allowed; exit")
-    only.add_argument("--report", action="store_true", help="summarise the event log as a table; exit")
-    only.add_argument("--new-token", action="store_true", help="print a fresh random caller token; exit")
+    for name, words in (("--check", "validate, resolve the secret, say what would be allowed; exit"),
+                        ("--report", "summarise the event log as a table; exit"),
+                        ("--new-token", "print a fresh random caller token; exit")):
+        only.add_argument(name, action="store_true", help=words)
     parser.add_argument("--json", action="store_true", help="with --report: an object a line, for programs")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(argv[:at])
