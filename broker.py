@@ -788,12 +788,17 @@ class Rule:
 
 
 class Allowlist(tuple[Rule, ...]):
-    """Rules."""
+    """Rules, found by the number of their segments first: a hundred cost little more than one."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._by_length: dict[int, list[Rule]] = collections.defaultdict(list)
+        for rule in self:
+            self._by_length[len(rule.segments)].append(rule)
 
     def pairs(self, path: str) -> set[tuple[str, str]]:
         """(method, type of body) of those for a path."""
         segments = path.split("/")
-        return {(rule.method, rule.type) for rule in self if rule.matches(path, segments)}
+        return {(rule.method, rule.type) for rule in self._by_length.get(len(segments), ()) if rule.matches(path, segments)}
 
 
 def other_reading(path: str) -> str:
@@ -4603,7 +4608,8 @@ def run_check(config: Config) -> int:
         if config.has_budgets:
             used_today(config.event_log)
         state.resolve_secrets()
-    resolved = "" if config.dry_run else ", and the secret was resolved"
+    has_secret = not config.dry_run and any(upstream.source.kind != "none" for upstream in config.upstreams)
+    resolved = ", and the secret was resolved" if has_secret else ""
     for line in (f"{config.file} is valid{resolved}", *describe(state), f"listens on: http://127.0.0.1:{config.listen_port}",
                  f"hosts a caller may use: {', '.join(sorted(config.allowed_hosts))}", f"event log: {config.event_log}",
                  *(f"warning: {warning}" for warning in warnings)):
