@@ -3478,12 +3478,13 @@ def guard_process() -> list[str]:
 
 
 def give_memory_back() -> None:
-    """Has glibc take long bodies from the system and give them back. By itself it keeps what is freed, after the first few,
-    for the next ones of their size."""
-    m_mmap_threshold = -3
+    """Has glibc take long bodies from the system and give them back: by itself it keeps what is freed, after the first few,
+    for the next ones of their size, and that for every thread apart."""
+    m_mmap_threshold, m_arena_max = -3, -8
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, MIB)
+        for option, value in ((m_mmap_threshold, MIB), (m_arena_max, 1)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def descriptor_limit() -> int:
