@@ -1,6 +1,6 @@
 """Take each guard of the broker out, and see the attack that it is there for succeed: `python tests/guards.py`.
 
-    python tests/guards.py                      every guard, two at a time
+    python tests/guards.py                      every guard, a few at a time
     python tests/guards.py --only dot_segment   this one alone; may be given again for others
     python tests/guards.py --list               names and attacks
 
