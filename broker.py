@@ -653,7 +653,7 @@ class Body:
     """
 
     STRICT = chunk_lines(b"", b"", rb"\r")
-    LENIENT = chunk_lines(rb"[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,%d})?" % CHUNK_LINE_LIMIT,
+    LENIENT = chunk_lines(rb"[ \t]{0,%d}(?:;[\t\x20-\x7e\x80-\xff]{0,%d})?" % (CHUNK_LINE_LIMIT, CHUNK_LINE_LIMIT),
                           rb"(?:[\t\x20-\x7e\x80-\xff]+\r\n)*", rb"(?s:.{0,%d})" % TRAILERS_LIMIT)
 
     def __init__(self, length: int | None, chunked: bool, strict: bool) -> None:
@@ -1202,7 +1202,7 @@ class FileSource(SecretSource):
         try:
             return Secret(self._read().decode("utf-8", "surrogateescape"), self.path)
         except OSError as error:
-            reason = "it is a link" if os.path.islink(self.path) else error.strerror
+            reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
             raise SecretUnavailable(f"{self.path} can't be read: {reason}: name a regular file of yours") from None
         except ValueError as problem:
             raise SecretUnavailable(f"{self.path} {problem}") from None
@@ -2853,7 +2853,8 @@ class Wire:
 
     def fill(self, deadline: float, caller: Wire | None = None) -> None:
         """Waits for more to read. Raises EOFError at the end."""
-        data = self.receive_now()           # where much comes it is there already; TLS may hold it, unseen by a poll
+        # Where much comes it is there already; TLS may hold it, unseen by a poll. That more is there is no longer time for it.
+        data = self.receive_now() if time.monotonic() < deadline else None
         while data is None:
             wait_for(self, READ, deadline, caller)
             data = self.receive_now()

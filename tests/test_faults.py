@@ -312,6 +312,7 @@ class ABody(FaultsTestCase):
         "a chunk that is longer than its size": b"3\r\nsecond\r\n",
         "a chunk that ends with LF": b"5\r\nsecon\n0\r\n\r\n",
         "a size line without end": b"5;" + b"a" * 5000,
+        "a size line of blanks without end": b"5" + b" " * 5000,
         "a size line that is too long": b"5;" + b"a" * 5000 + b"\r\nsecon\r\n",
         "trailers without end": b"0\r\n" + b"X: y\r\n" * 12000,
         "one trailer without end": b"0\r\nX: " + b"y" * (66 << 10),

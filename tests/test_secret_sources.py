@@ -151,11 +151,14 @@ class FromWhichFile(BrokerTestCase):
         os.symlink(outside, out)
         os.symlink(real, self.at("in"))
         os.chmod(outside, 0o444)
+        nowhere = os.path.join(self.credentials, "nowhere")
+        os.symlink(os.path.join(self.credentials, "..data", "missing"), nowhere)
         around = os.path.join(self.credentials, "..", os.path.basename(self.elsewhere), "outside")
         self.assert_each(
             {
                 "a link among them": (among, None),
                 "the file itself": (real, None),
+                "a link among them to nothing": (nowhere, "No such file"),
                 "a link out of them": (out, "link"),
                 "a link into them": (self.at("in"), "link"),
                 "a path out of them": (around, "chmod 600"),
