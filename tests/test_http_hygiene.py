@@ -5,8 +5,10 @@ import json
 import re
 import socket
 import threading
+import time
 import unittest
 
+import broker
 from tests.support import BrokerTestCase, eventually, linux_only, seeded, slow
 
 CHAT = "/v1/chat/completions"
@@ -744,6 +746,19 @@ class SlowCallers(BrokerTestCase):
         self.assertEqual(seen["nothing said"], b"")
         self.assertEqual(len(re.findall(b"HTTP/1.1 ", seen["idle after an answer"])), 1)
         self.assertEqual(stub.requests, [])
+
+
+class BytesThatNeverEnd(unittest.TestCase):
+    def test_are_not_taken_any_more_when_their_time_is_over(self):
+        """Forty callers with chunks of one byte have always more to say than a thread can take: none ever waits."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.send(b"more")
+            wire = broker.Wire(ours)
+            with self.assertRaises(TimeoutError):
+                wire.fill(time.monotonic() - 1)
+            wire.fill(time.monotonic() + 1)
+            self.assertEqual(wire.buffer, b"more")
 
 
 class TheListener(BrokerTestCase):
