@@ -3519,6 +3519,7 @@ def way_to(path: str) -> list[str]:
         step = os.path.normpath(os.path.join(here, name))       # before a `..` there is no link any more
         found.append(step)
         if os.path.islink(step):
+            os.stat(step)               # raises where links lead round in a ring
             found += way_to(os.path.join(here, os.readlink(step)))
         here = os.path.realpath(step)
     return list(dict.fromkeys(found))

@@ -725,6 +725,8 @@ class Reload(BrokerTestCase):
         said = broker.reload()
         self.assertIn("nothing was changed", said)
         self.assertIn(script, said)
+        os.symlink(os.path.basename(script), script)
+        self.assertIn("nothing was changed", broker.reload(), "a link to itself")
         os.rename(script + ".new", script)
         self.assertIn("reloaded", broker.reload())
 
