@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import socket
 import struct
 import tempfile
@@ -430,16 +429,6 @@ class KeptTestCase(ForwardingTestCase):
         """How many connections this test has caused so far."""
         return self.upstream.connections - self.before
 
-    @contextlib.contextmanager
-    def paused(self):
-        """What happens within it the broker sees all at once, in its order."""
-        self.served.signal(signal.SIGSTOP)
-        os.waitpid(self.served.pid, os.WUNTRACED)  # until it has stopped
-        try:
-            yield
-        finally:
-            self.served.signal(signal.SIGCONT)
-
     def keep(self, count=1):
         """Have the broker keep so many connections."""
         together = threading.Barrier(count)
@@ -563,7 +552,7 @@ class KeptConnections(KeptTestCase):
                     self.keep()
                     caller.send(self.served.head("GET", "/healthz"))  # so that it has been taken
                     caller.read_answer()
-                    with self.paused():
+                    with self.served.paused():
                         caller.send(self.served.post_bytes(CHAT, {}))
                         for conn in self.upstream.all_connections:
                             getattr(conn, close)()
@@ -707,7 +696,7 @@ class NobodyGetsAnothersAnswer(KeptTestCase):
                     caller.send(self.served.head("GET", "/healthz"))
                     caller.read_answer()
                     self.upstream.script(lambda conn, request: conn.respond(body=request.body))
-                    with self.paused():
+                    with self.served.paused():
                         caller.send(self.served.post_bytes(CHAT, {"mine": 1}))
                         (conn,) = [conn for conn in self.upstream.all_connections if not conn.closed]
                         conn.send(extra)

@@ -12,6 +12,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,13 +22,14 @@ import unittest
 
 from .caller import Answer, Caller
 from .common import ROOT, eventually, header_pairs
+from .forked import Fork, will_do
 from .leaks import Canaries, Seen, canary, fresh_token
 from .upstream import CA_FILE
 
 BROKER = os.path.join(ROOT, "broker.py")
 
-# How a broker is started where a test doesn't name the script: as the installed command, which takes a good half
-# of the time, since `python broker.py` compiles the whole file anew. BROKER_TEST_START=script does that instead.
+# How a broker comes about where a test doesn't say how: as a fork (see there) of one that is as the installed command.
+# BROKER_TEST_START=command starts that each time, BROKER_TEST_START=script `python broker.py`, which compiles it, too.
 INSTALLED = os.path.join(os.path.dirname(os.path.realpath(__file__)), "localhost-broker")
 START = BROKER if os.environ.get("BROKER_TEST_START") == "script" else INSTALLED
 
@@ -83,10 +85,27 @@ def ignoring(signals, argv):
     return ["/bin/sh", "-c", f"trap '' {' '.join(signals)}; exec \"$@\"", "sh", *argv]
 
 
+def start(argv, env, cwd, stdin=subprocess.DEVNULL, script=None, python=None, ignored=(), preexec_fn=None):
+    """The process: a fork, unless something of its start is said."""
+    asked = stdin != subprocess.DEVNULL or script or python or ignored or preexec_fn
+    if not asked and will_do(env):
+        return Fork([INSTALLED, *argv], env, cwd)
+    return subprocess.Popen(
+        ignoring(ignored, [*(python or [sys.executable]), script or START, *argv]),
+        env=env,
+        cwd=cwd,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=preexec_fn,
+        start_new_session=True,
+    )
+
+
 def wait_for_end(process, timeout):
     """Its exit code, or subprocess.TimeoutExpired. Where the kernel tells of the end nobody has to look
     again and again for it, as Popen.wait does, at up to 50 ms."""
-    if hasattr(os, "pidfd_open") and process.returncode is None:
+    if hasattr(os, "pidfd_open") and isinstance(process, subprocess.Popen) and process.returncode is None:
         with contextlib.suppress(OSError):
             descriptor = os.pidfd_open(process.pid)
             try:
@@ -220,7 +239,7 @@ class Broker(_Run):
         preexec_fn=None,
         python_args=(),
         use_config=True,
-        script=START,
+        script=None,
         python=None,
     ):
         self._prepare(upstream, config or {}, config_text, env, secret, token, folder)
@@ -233,22 +252,11 @@ class Broker(_Run):
         self.seen = Seen()
         self._output = {"stdout": bytearray(), "stderr": bytearray()}
         self._printed = threading.Condition()
-        argv = [python or sys.executable, *python_args, script]
-        if use_config:
-            argv += ["--config", self.config_path]
-        argv += ["--dry-run"] * dry_run + [str(arg) for arg in args]
+        argv = ["--config", self.config_path] * use_config + ["--dry-run"] * dry_run + [str(arg) for arg in args]
         if command is not None:
             argv += ["--"] + [str(arg) for arg in command]
-        self.process = subprocess.Popen(
-            ignoring(ignored, argv),
-            env=self.env,
-            cwd=cwd or self.folder,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=preexec_fn,
-            start_new_session=True,
-        )
+        python = [python or sys.executable, *python_args] if python or python_args else None
+        self.process = start(argv, self.env, cwd or self.folder, stdin, script, python, ignored, preexec_fn)
         self.pid = self.process.pid
         self._drains = []
         for name in ("stdout", "stderr"):
@@ -276,6 +284,24 @@ class Broker(_Run):
 
     def signal(self, number):
         self.process.send_signal(number)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens within it the broker sees all at once, in its order."""
+        self.signal(signal.SIGSTOP)
+        if isinstance(self.process, subprocess.Popen):
+            os.waitpid(self.pid, os.WUNTRACED)  # until it has stopped
+        else:
+            eventually(lambda: set(self._thread_states()) == {"T"}, what="the pause")
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
+
+    def _thread_states(self):
+        for thread in os.listdir(f"/proc/{self.pid}/task"):
+            with open(f"/proc/{self.pid}/task/{thread}/stat", encoding="ascii") as file:
+                yield file.read().rpartition(") ")[2][0]
 
     def wait(self, timeout=20):
         """Its exit code, once it has ended."""
@@ -315,6 +341,12 @@ class Broker(_Run):
     def _stop(self):
         """False when it does not end by itself; the second signal ends it at once, whatever is in flight."""
         self.ask_to_stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            wait_for_end(self.process, 0.01)
+            return True
+        # Who waits for callers looks five times a second whether that is still wanted: sooner where one comes.
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port or 0), 1).close()
         for _ in range(2):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 wait_for_end(self.process, 5)
@@ -543,7 +575,7 @@ def run_broker(
     ignored=(),
     prepare=None,
     show_token=False,
-    script=START,
+    script=None,
 ):
     """Run `broker.py` to its own end (a configuration error, --check, --report, `-- COMMAND`).
 
@@ -553,9 +585,7 @@ def run_broker(
     token out of the leak check (a `-- COMMAND` that prints its environment)."""
     run = Completed()
     run._prepare(upstream, config, config_text, env, secret, token, folder)
-    argv = [sys.executable, script]
-    if config is not None or config_text is not None:
-        argv += ["--config", run.config_path]
+    argv = ["--config", run.config_path] if config is not None or config_text is not None else []
     argv += [str(arg) for arg in args]
     if command is not None:
         argv += ["--"] + [str(arg) for arg in command]
@@ -564,18 +594,10 @@ def run_broker(
     try:
         if prepare:
             prepare(run)
-        process = subprocess.Popen(
-            ignoring(ignored, argv),
-            env=run.env,
-            cwd=cwd or run.folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=preexec_fn,
-            start_new_session=True,
-        )
+        where = subprocess.DEVNULL if stdin is None else subprocess.PIPE
+        process = start(argv, run.env, cwd or run.folder, where, script, None, ignored, preexec_fn)
         try:
-            stdout, stderr = process.communicate(stdin or b"", timeout)
+            stdout, stderr = process.communicate(stdin, timeout)
         except subprocess.TimeoutExpired:
             if hasattr(os, "killpg"):
                 os.killpg(process.pid, signal.SIGKILL)
