@@ -400,7 +400,7 @@ class SilentNameServer(Callers):
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-test-"))
         resolver = os.path.join(folder, "resolv.conf")
         with open(resolver, "w", encoding="ascii") as file:
-            file.write(f"nameserver {address}\noptions timeout:1 attempts:2\n")
+            file.write(f"nameserver {address}\noptions timeout:1 attempts:1\n")
         unshare = ["unshare", "--mount", "sh", "-c", self.PROGRAM, resolver]
         try:
             server.bind((address, self.PORT))

@@ -248,17 +248,29 @@ def browser_works():
 
 @unittest.skipUnless(CHROMIUM, "Chromium is not installed")
 class BrowserCase(BrokerTestCase):
-    def setUp(self):
+    """One browser for all pages of a class: a start of it takes longer than all that a page does."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
         if not browser_works():
-            self.skipTest("Chromium does not start here")
+            raise unittest.SkipTest("Chromium does not start here")
 
-    def browse(self, url, *flags):
-        """Show a page; the browser and all that it started end with the test."""
-        self.addCleanup(end_browser, *start_browser(url, *flags))
+    @classmethod
+    def browse(cls, *urls, mapping=()):
+        """Show pages, several each in a window of its own, where these names lead to these addresses; the browser, and
+        all that it started, ends with the class."""
+        url, rules = urls[0], ", ".join(f"MAP {name} {address}" for name, address in mapping)
+        if len(urls) > 1:
+            site = cls.class_site()
+            site.content = b"<script>for (const url of %b) open(url, '_blank', 'noopener')</script>" % json.dumps(urls).encode()
+            url = f"http://127.0.0.1:{site.port}/page"
+        cls.addClassCleanup(end_browser, *start_browser(url, *[f"--host-resolver-rules={rules}"] * bool(rules)))
 
-    def site(self):
+    @classmethod
+    def class_site(cls):
         site = Site()
-        self.addCleanup(site.stop)
+        cls.addClassCleanup(site.stop)
         return site
 
     def report_of(self, site):
@@ -267,156 +279,173 @@ class BrowserCase(BrokerTestCase):
         except queue.Empty:
             raise AssertionError("the page did not report") from None
 
-    def attack(self, target, host="127.0.0.1", token="", scheme="http"):
-        """What the page could do against `target`, by the name of the way."""
-        site = self.site()
-        site.content = page("attack.html", target=target, report=site.report, token=token, only=None)
-        if scheme == "file":
-            folder = Path(self.folder())
-            (folder / "page.html").write_bytes(site.content)
-            self.browse((folder / "page.html").as_uri())
-        else:
-            self.browse(f"http://{host}:{site.port}/page")
-        report = self.report_of(site)
+    def denied(self, broker):
+        """The reasons for all that was refused, of which there is something."""
+        return {event["reason"] for event in eventually(lambda: broker.events("denied"))}
+
+
+class HostilePage(BrowserCase):
+    """The browser is led from one page to the next; each attacks something else, and reports to its own site."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.unguarded = Unguarded()
+        cls.addClassCleanup(cls.unguarded.stop)
+        cls.stubs, cls.brokers_of, cls.sites = {}, {}, {}
+        for name in ("a file", "another port", "another site", "localhost", "another name"):
+            cls.stubs[name] = cls.class_stub()
+            config = {} if name == "another port" else TOKENLESS
+            cls.brokers_of[name] = cls.class_broker(cls.stubs[name], config=config)
+        env = {"BROKER_TEST_TOKEN": ABSENT}
+        cls.brokers_of["dry-run"] = cls.class_broker(dry_run=True, config=TOKENLESS, env=env)
+        cls.show(
+            [
+                # A page of the net may not lead to one of the disk, so that one is the first.
+                ("a file", None, "127.0.0.1", ""),
+                ("no guard", "127.0.0.1", "127.0.0.1", "token-of-the-control"),
+                ("another port", "127.0.0.1", "127.0.0.1", cls.brokers_of["another port"].token),
+                ("another site", "localhost", "127.0.0.1", ""),
+                ("localhost", "localhost", "localhost", ""),
+                ("dry-run", "127.0.0.1", "127.0.0.1", ""),
+                ("another name", "evil.test", "evil.test", ""),
+            ]
+        )
+
+    @classmethod
+    def show(cls, pages):
+        """Each of (case, host of the page, host that it attacks, token that it knows)."""
+        leads_to = None
+        for case, host, attacked, token in reversed(pages):
+            site = cls.sites[case] = cls.class_site()
+            target = f"http://{attacked}:{cls.brokers_of.get(case, cls.unguarded).port}"
+            values = {"target": target, "report": site.report, "token": token, "only": None, "next": leads_to}
+            site.content = page("attack.html", **values)
+            leads_to = f"http://{host}:{site.port}/page"
+        file = Path(cls.class_folder()) / "page.html"
+        file.write_bytes(site.content)
+        cls.browse(file.as_uri(), mapping=[("evil.test", "127.0.0.1")])
+
+    def attack(self, case):
+        """What the page could do, by the name of the way."""
+        report = self.report_of(self.sites[case])
         return {result["name"]: result for result in report["results"]}, report["sizes"]
 
-
-class PageBeforeAnUnguardedServer(BrowserCase):
-    """The control: what the page tries does arrive, and is readable, where nobody stands guard."""
-
-    def test_every_way_is_a_way(self):
-        unguarded = Unguarded()
-        self.addCleanup(unguarded.stop)
-        ways, _ = self.attack(f"http://127.0.0.1:{unguarded.port}", token="token-of-the-control")
-        arrived = set(unguarded.attempts)
+    def test_finds_that_every_way_is_a_way_where_nobody_stands_guard(self):
+        """The control: what the page tries does arrive, and is readable."""
+        ways, _ = self.attack("no guard")
+        arrived = set(self.unguarded.attempts)
         self.assertEqual(set(ways) - arrived, STOPPED_BY_THE_BROWSER)
         readable = {name for name, way in ways.items() if "readable" in way["read"]}
         self.assertLess({"fetch-cors-get", "fetch-preflight-token", "xhr-post", "worker", "sandbox-cors"}, readable)
 
+    def assert_nothing_happens(self, case, reason="browser_not_allowed"):
+        broker, stub = self.brokers_of[case], self.stubs[case]
+        self.assert_nothing_is_read(case)
+        self.assertEqual(stub.requests, [])
+        self.assertEqual(stub.connections, 0)
+        self.assertEqual([event for event in broker.events() if event["event"] in ("request", "response")], [])
+        self.assertEqual(self.denied(broker), {reason})
 
-class PageBeforeTheBroker(BrowserCase):
-    def assert_nothing_happened(self, broker, stub, ways, sizes):
+    def assert_nothing_is_read(self, case):
+        ways, sizes = self.attack(case)
         for name, way in ways.items():
             self.assertEqual(way["read"], "", name)
         for name, *numbers in sizes:
             self.assertFalse(any(numbers), (name, numbers))
         self.assertGreater(len(ways), 50)
-        self.assertEqual(stub.requests, [])
-        self.assertEqual(stub.connections, 0)
-        events = broker.events()
-        self.assertEqual([event for event in events if event["event"] in ("request", "response")], [])
-        reasons = {event["reason"] for event in events if event["event"] == "denied"}
-        self.assertEqual(reasons, {"browser_not_allowed"})
 
-    def assert_a_program_gets_through(self, broker, stub, token=True):
+    def assert_a_program_gets_through(self, case, token=True):
         """The control: the same request, not made by a page."""
         body = {"model": "gpt-test", "messages": [{"role": "user", "content": "hello"}]}
-        answer = broker.request(
-            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}, token=token
-        )
+        answer = self.brokers_of[case].post_json("/v1/chat/completions", body, token=token)
         self.assertEqual(answer.status, 200)
-        self.assertEqual(len(stub.requests), 1)
+        self.assertEqual(len(self.stubs[case].requests), 1)
 
-    def test_page_of_another_port_that_knows_the_token(self):
-        stub = self.stub()
-        broker = self.broker(stub)
-        ways, sizes = self.attack(broker.url, token=broker.token)
-        self.assert_nothing_happened(broker, stub, ways, sizes)
-        self.assert_a_program_gets_through(broker, stub)
+    def test_of_another_port_that_knows_the_token(self):
+        self.assert_nothing_happens("another port")
+        self.assert_a_program_gets_through("another port")
 
-    def test_page_of_another_site_where_no_token_is_asked_for(self):
-        stub = self.stub()
-        broker = self.broker(stub, config=TOKENLESS)
-        ways, sizes = self.attack(broker.url, host="localhost")
-        self.assert_nothing_happened(broker, stub, ways, sizes)
-        self.assert_a_program_gets_through(broker, stub, token=False)
+    def test_of_another_site_where_no_token_is_asked_for(self):
+        self.assert_nothing_happens("another site")
+        self.assert_a_program_gets_through("another site", token=False)
 
-    def test_page_that_calls_it_localhost(self):
-        stub = self.stub()
-        broker = self.broker(stub, config=TOKENLESS)
-        ways, sizes = self.attack(f"http://localhost:{broker.port}", host="localhost")
-        self.assert_nothing_happened(broker, stub, ways, sizes)
+    def test_that_calls_it_localhost(self):
+        self.assert_nothing_happens("localhost")
 
-    def test_page_opened_from_a_file(self):
-        stub = self.stub()
-        broker = self.broker(stub, config=TOKENLESS)
-        ways, sizes = self.attack(broker.url, scheme="file")
-        self.assert_nothing_happened(broker, stub, ways, sizes)
+    def test_opened_from_a_file(self):
+        self.assert_nothing_happens("a file")
 
-    def test_dry_run_tells_a_page_nothing(self):
-        broker = self.broker(dry_run=True, config=TOKENLESS, env={"BROKER_TEST_TOKEN": ABSENT})
-        ways, sizes = self.attack(broker.url)
-        for name, way in ways.items():
-            self.assertEqual(way["read"], "", name)
-        self.assertFalse(any(any(numbers) for _, *numbers in sizes))
-        self.assertEqual([event for event in broker.events() if event["event"] == "request"], [])
+    def test_that_calls_it_by_another_name_for_this_machine(self):
+        """A name that always meant this machine: another origin, so the browser also says that a page asks."""
+        self.assert_nothing_happens("another name", "host_not_allowed")
+
+    def test_is_told_nothing_by_a_dry_run(self):
+        self.assert_nothing_is_read("dry-run")
+        self.assertEqual(self.brokers_of["dry-run"].events("request"), [])
 
 
 class VisitorLedToTheBroker(BrowserCase):
+    WAYS = ("location", "link", "form")
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.stub_of_all = cls.class_stub()
+        cls.brokers_of = {way: cls.class_broker(cls.stub_of_all, config=TOKENLESS) for way in (*cls.WAYS, "typed")}
+        cls.browse(cls.brokers_of["typed"].url + "/v1/models")
+        urls = []
+        for way in cls.WAYS:
+            site = cls.class_site()
+            site.content = page("navigate.html", target=cls.brokers_of[way].url, way=way)
+            urls.append(f"http://localhost:{site.port}/page")
+        cls.browse(*urls)
+
+    def assert_refused_to(self, way, method, path):
+        denied = self.brokers_of[way].wait_event(event="denied", path=path, timeout=30)
+        self.assertEqual((denied["status"], denied["reason"]), (403, "browser_not_allowed"))
+        self.assertEqual(denied["method"], method)
+        self.assertEqual(self.stub_of_all.connections, 0)
+
     def test_top_level_navigation_is_refused(self):
-        for way in ("location", "link", "form"):
+        for way in self.WAYS:
             with self.subTest(way):
-                stub = self.stub()
-                broker = self.broker(stub, config=TOKENLESS)
-                site = self.site()
-                site.content = page("navigate.html", target=broker.url, way=way)
-                self.browse(f"http://localhost:{site.port}/page")
-                denied = broker.wait_event(event="denied", path="/v1/chat/completions", timeout=30)
-                self.assertEqual((denied["status"], denied["reason"]), (403, "browser_not_allowed"))
-                self.assertEqual(denied["method"], "POST" if way == "form" else "GET")
-                self.assertEqual(stub.connections, 0)
+                self.assert_refused_to(way, "POST" if way == "form" else "GET", "/v1/chat/completions")
 
     def test_an_address_typed_into_the_browser_is_refused_too(self):
-        stub = self.stub()
-        broker = self.broker(stub, config=TOKENLESS)
-        self.browse(broker.url + "/v1/models")
-        denied = broker.wait_event(event="denied", path="/v1/models", timeout=30)
-        self.assertEqual((denied["status"], denied["reason"]), (403, "browser_not_allowed"))
-        self.assertEqual(stub.connections, 0)
+        self.assert_refused_to("typed", "GET", "/v1/models")
 
 
 class NameThatCameToMeanThisMachine(BrowserCase):
     """DNS rebinding: the browser takes the broker for the page's own server."""
 
-    def rebound(self, broker, name):
-        site = self.site()
-        content = page("rebound.html", report=site.report, token=broker.token)
-        try:
-            server = Rebinding(broker.port, content)
-        except OSError:
-            self.skipTest("this machine has no 127.0.0.2")
-        self.addCleanup(server.stop)
-        self.browse(f"http://{name}:{broker.port}/page", f"--host-resolver-rules=MAP {name} 127.0.0.2")
-        return self.report_of(site)["results"]
+    CASES = (("evil.test", None), ("without-token.evil.test", TOKENLESS), ("localhost.evil.test", TOKENLESS))
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.stub_of_all, cls.rebound, urls = cls.class_stub(), {}, []
+        for name, config in cls.CASES:
+            site, broker = cls.class_site(), cls.class_broker(cls.stub_of_all, config=config)
+            cls.rebound[name] = site, broker
+            try:
+                server = Rebinding(broker.port, page("rebound.html", report=site.report, token=broker.token))
+            except OSError:
+                raise unittest.SkipTest("this machine has no 127.0.0.2") from None
+            cls.addClassCleanup(server.stop)
+            urls.append(f"http://{name}:{broker.port}/page")
+        cls.browse(*urls, mapping=[(name, "127.0.0.2") for name in cls.rebound])
 
     def test_every_request_is_refused_by_its_host(self):
-        for name, config in (("evil.test", None), ("evil.test", TOKENLESS), ("localhost.evil.test", TOKENLESS)):
-            with self.subTest(name, config=config):
-                stub = self.stub()
-                broker = self.broker(stub, config=config)
-                results = self.rebound(broker, name)
+        for name, (site, broker) in self.rebound.items():
+            with self.subTest(name):
+                results = self.report_of(site)["results"]
                 self.assertEqual(len(results), 6)
                 for result in results:
                     self.assertEqual((result.get("status"), result.get("code")), (403, "host_not_allowed"), result)
-                self.assertEqual(stub.connections, 0)
-                self.assertEqual([event for event in broker.events() if event["event"] == "request"], [])
-                denied = eventually(lambda broker=broker: [e for e in broker.events() if e["event"] == "denied"])
-                self.assertEqual({event["reason"] for event in denied}, {"host_not_allowed"})
-
-    def test_another_name_for_this_machine_is_refused_as_well(self):
-        """A name that always meant this machine: another origin, so the browser also says that a page asks."""
-        stub = self.stub()
-        broker = self.broker(stub, config=TOKENLESS)
-        site = self.site()
-        target = f"http://evil.test:{broker.port}"
-        site.content = page("attack.html", target=target, report=site.report, token="", only=None)
-        self.browse(f"http://evil.test:{site.port}/page", "--host-resolver-rules=MAP evil.test 127.0.0.1")
-        report = self.report_of(site)
-        for way in report["results"]:
-            self.assertEqual(way["read"], "", way)
-        self.assertEqual(stub.connections, 0)
-        reasons = {event["reason"] for event in broker.events() if event["event"] == "denied"}
-        self.assertEqual(reasons, {"host_not_allowed"})
+                self.assertEqual(self.stub_of_all.connections, 0)
+                self.assertEqual(broker.events("request"), [])
+                self.assertEqual(self.denied(broker), {"host_not_allowed"})
 
 
 if __name__ == "__main__":
