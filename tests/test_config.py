@@ -619,7 +619,7 @@ class WhoMayWriteTheFiles(ConfigTestCase):
             if group is not None:
                 os.chown(run.config_path, -1, group)
 
-        return {"args": ["--check", *args], "prepare": prepare, "script": script or BROKER}
+        return {"args": ["--check", *args], "prepare": prepare, "script": script}
 
     def run_with(self, *args, **keywords):
         return run_each({"": self.check_with(*args, **keywords)})[""]()

@@ -538,7 +538,7 @@ class GeneratedRules(unittest.TestCase):
     def test_are_said_to_meet_wherever_one_request_could_match_both(self):
         segments = ["".join(letters) for length in range(1, 9) for letters in itertools.product("ab:", repeat=length)]
         patterns = sorted(set(self.patterns(60, 4)))
-        matched = {pattern: {segment for segment in segments if self.model(pattern).fullmatch(segment)} for pattern in patterns}
+        matched = {pattern: set(filter(self.model(pattern).fullmatch, segments)) for pattern in patterns}
         for one, other in itertools.combinations_with_replacement(patterns, 2):
             self.assertEqual(segments_meet(one, other), bool(matched[one] & matched[other]), (one, other))
 

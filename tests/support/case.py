@@ -1,6 +1,7 @@
 """The test cases: what they start is ended after them, and nothing that goes wrong in silence stays so."""
 
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -49,6 +50,12 @@ class Muttered(contextlib.AbstractContextManager):
             raise AssertionError("left behind: " + "; ".join(self.what))
 
 
+@functools.cache
+def freeze_once():
+    """All modules are loaded when the first test runs, and a collection after each need not look through them."""
+    gc.freeze()
+
+
 class BrokerTestCase(unittest.TestCase):
     """Cleans up after itself, and fails by what Python only mutters about."""
 
@@ -56,9 +63,7 @@ class BrokerTestCase(unittest.TestCase):
     maxDiff = None
 
     def run(self, result=None):
-        # All modules are loaded by now, and a collection after each test need not look through them.
-        if not gc.get_freeze_count():
-            gc.freeze()
+        freeze_once()
         with Muttered() as muttered:
             # Added first, so it runs last, when everything of the test has been closed.
             self.addCleanup(muttered.check)
