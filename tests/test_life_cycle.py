@@ -17,6 +17,7 @@ import unittest
 from tests.support import (
     ABSENT,
     BROKER,
+    INSTALLED,
     SECRET_VARIABLE,
     TOKEN_VARIABLE,
     BrokerTestCase,
@@ -836,7 +837,7 @@ class Silence(BrokerTestCase):
         self.assertNotRegex(said, "(?i)warning|exception|error|unclosed")
 
     def test_of_short_calls_and_of_a_command(self):
-        python = [sys.executable, "-X", "dev", "-W", "error", BROKER]
+        python = [sys.executable, "-X", "dev", "-W", "error"]
         folder, stub = self.folder(), self.stub(tls=True)
         broker = self.broker(stub, folder=folder)
         broker.post_json(CHAT, {"model": "m"})
@@ -850,7 +851,8 @@ class Silence(BrokerTestCase):
         }
         for case, (arguments, code) in calls.items():
             with self.subTest(case):
-                argv = [*python, "--config", broker.config_path, *arguments]
+                script = BROKER if case == "--check" else INSTALLED  # compiled anew, with its warnings, once
+                argv = [*python, script, "--config", broker.config_path, *arguments]
                 run = subprocess.run(argv, env=broker.env, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
                 self.assertEqual(run.returncode, code, run.stderr)
                 self.assertNotRegex(run.stderr, b"(?i)Warning:|exception|unclosed")
