@@ -3701,15 +3701,17 @@ class Exchange:
 
     def settle(self) -> None:
         """Gives back what it holds: before the answer's last bytes go, so that the caller's next request finds it."""
-        if self.reader is not None:
-            self.reader.finish()
-            self.usage, self.reader = self.reader.usage, None
-        if self.reserved is not None and self.caller is not None:
-            self.server.limits.settle(self.caller.client, self.reserved, self._tokens_used())
         if self.entered and self.caller is not None:
             self.server.limits.leave(self.caller.client)
         self.server.capacity.leave(self.requests, self.buffered)
-        self.reserved, self.entered, self.requests, self.buffered = None, False, 0, 0
+        self.entered, self.requests, self.buffered = False, 0, 0
+        if self.reader is not None:
+            reader, self.reader = self.reader, None
+            reader.finish()
+            self.usage = reader.usage
+        if self.reserved is not None and self.caller is not None:
+            reserved, self.reserved = self.reserved, None
+            self.server.limits.settle(self.caller.client, reserved, self._tokens_used())
 
     def _tokens_used(self) -> int:
         """What to charge: nothing for a dry run; an estimate where nobody tells, or the end was not seen, is put into `usage`."""
