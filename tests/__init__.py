@@ -38,6 +38,10 @@ class Beside(unittest.TestSuite):
                 for method, test, *more in call.result():
                     if hasattr(result, method):  # addDuration came later than Python 3.9
                         getattr(result, method)(test, *more)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
         return result
