@@ -1,8 +1,8 @@
 """Brokers without what a start costs: forks of a Python that has imported `broker.py` already.
 
 A start takes a fifth of a second of processor time, nearly all of it for imports, and the tests start hundreds.
-A fork is a process of its own with its own arguments, environment, folder, session and descriptors, and calls `main`
-as the installed command does. Whatever a test says of the start itself (the script, the interpreter, signals that are
+A fork is a process of its own with its own arguments, environment, folder, mask, session and descriptors, and calls
+`main` as the installed command does. Whatever a test says of the start itself (the script, the interpreter, signals that are
 ignored, a terminal) it gets by a start; so does everybody where the kernel has no descriptor for a process, and with
 BROKER_TEST_START=command.
 
@@ -14,6 +14,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import select
 import socket
 import subprocess
@@ -34,6 +35,11 @@ def will_do(env):
     return POSSIBLE and not any(name.startswith(AT_THE_START) and value != "C.UTF-8" for name, value in env.items())
 
 
+def umask():
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return int(re.search("(?m)^Umask:\\s*([0-7]+)", file.read())[1], 8)
+
+
 class _Forking:
     """The program that forks, started when the first broker is wanted."""
 
@@ -45,7 +51,7 @@ class _Forking:
         with self._lock:
             if self._line is None:
                 self._start(env)
-            socket.send_fds(self._line, [json.dumps([argv, env, cwd]).encode()], descriptors)
+            socket.send_fds(self._line, [json.dumps([argv, env, cwd, umask()]).encode()], descriptors)
 
     def _start(self, env):
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -138,7 +144,7 @@ class Fork:
 
 
 def serve(line):
-    """Forks a broker for each message on `line`: its arguments, environment and folder, and with them four descriptors,
+    """Forks a broker for each message on `line`: its arguments, environment, folder and mask, and with them four descriptors,
     its three and one where its number and in the end its exit code are told. Returns in each fork, with its arguments."""
     poll = select.poll()
     poll.register(line, select.POLLIN)
@@ -172,8 +178,9 @@ def tell(whom, number):
         os.write(whom, str(number).encode())
 
 
-def become(argv, env, cwd, descriptors):
+def become(argv, env, cwd, mask, descriptors):
     os.setsid()
+    os.umask(mask)
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
     os.closerange(3, 1024)
