@@ -14,10 +14,11 @@ THE MAP. A request's way, in the order of `Handler.handle_one_request`:
      3  check_not_a_web_page           no browser made it                               403
      4  HEALTH_PATHS                   /healthz and / say {"ok": true} to anybody
      5  identify_caller                it shows a caller's token                        401
-     6  State.route, check_query       method, path and query are allowed               403 405 426
-        Limits.enter                   its caller has not asked too often               429 503
-     7  check_body_head, read_body     size, encoding and type                          413 415
-        check_json, check_no_secret    strict JSON, and the secret is not in it         400 403
+        STATUS_PATH                    /broker says what that caller may do
+     6  find_route, check_query        method, path and query are allowed               403 405 426
+        Limits.enter, Capacity.enter   its caller may ask so often, and there is room  429 503
+     7  check_body_head, read_body     size, encoding and type                          408 413 415 503
+        check_body, check_no_secret    strict JSON, and the secret is not in it         400 403 413
         check_model, Limits.reserve    its caller may use, and can pay for, the model   403 429
      8  Exchange.log_request           the event log takes it, or it goes no further    503
      9  DryRun.answer                  in dry-run a canned answer, and that is all
@@ -112,9 +113,10 @@ LOGGED_STRING_LIMIT, LINES_A_MINUTE = 256, 20
 SAID_LINES_LIMIT = 1000                 # on their way to a stderr that nobody reads
 TOKENS_ASKED_UNSAID = 4096              # reserved for a request that names no limit of its own
 EMBEDDED_NUMBERS_LIMIT = 256 * KIB      # in one canned answer; a caller asks for 2048 * 4096 of them with 10 kB
-WHOLE_ANSWER_LIMIT = 64 * KIB            # what of an answer is parsed in one go for its counts
+WHOLE_ANSWER_LIMIT = 64 * KIB           # what of an answer is parsed in one go for its counts
 COUNT_DIGITS, KEY_LIMIT = 12, 64        # of a reported count of tokens; of a JSON key that may be one of ours
 RETRY_WORTH_SECONDS = 60                # a longer wait is not worth asking again for
+REPORT_CELL = 60                        # characters
 
 # `!`: asking again can't help. It becomes `x-should-retry: false`, which the OpenAI and Anthropic SDKs and Claude Code
 # obey; without it some of them ask for a minute.
@@ -168,7 +170,6 @@ REQUEST_DROPPED = Names(
     "*-key *-token *-secret *-auth cookie* x-http-method* *method-override x-original-* x-rewrite-* x-forwarded-* forwarded via "
     "x-real-ip host origin referer expect http2-settings accept-encoding accept-charset a-im range if-range content-length "
     f"content-encoding x-goog-user-project {PAYERS} {CREDENTIALS} {HOP_BY_HOP}")
-REPORT_CELL = 60                        # characters
 REQUEST_KEPT = ("idempotency-key",)     # at the end of a name; it is no credential
 # What would give a web page or another origin a hold on the broker's answers, or name the account.
 ANSWER_DROPPED = Names(
@@ -240,7 +241,7 @@ Encoding = dict[int, str]               # for str.translate
 
 
 def encoding_tables(unsafe: Iterable[Iterable[str]], forms: str, others: Iterable[Encoding] = ({},)) -> list[Encoding]:
-    """One for each set of characters, which it writes by their number in one of the forms (`%%%02X`), others as another does."""
+    """A table for each unsafe set, form and other table: unsafe characters become `form % number`, the rest is the other's."""
     return [{**other, **{ord(character): form % ord(character) for character in characters}}
             for characters, form, other in itertools.product(unsafe, forms.split(), others)]
 
@@ -425,7 +426,7 @@ class PerMinute:
         self._kinds: dict[Any, list[float]] = {}    # [since when, how many, suppressed]
 
     def suppressed(self, kind: Any) -> int | None:
-        """Counts one more: how many were suppressed before it; None where it is to be so too."""
+        """Counts one more of its kind. None if that one is to be suppressed, else how many before it were."""
         with self._lock:
             now = time.monotonic()
             found = self._kinds.setdefault(kind, [now, 0, 0])
@@ -782,6 +783,7 @@ class Rule:
     @property
     def is_wide(self) -> bool:
         """Whether it reaches stored data or open-ended jobs."""
+        # A `*` alone, or among digits, says nothing of what stands there: `fi*` does.
         told = [segment for segment in self.segments if re.fullmatch(r"[^*]+|[A-Za-z*]*[A-Za-z][A-Za-z*]*", segment)]
         return self.method == "DELETE" or self.segments[-1] == "*" or any(
             segment_matches(segment, wide) for segment in told for wide in WIDE_SEGMENTS)
@@ -976,7 +978,7 @@ class SecretSource:
         return self.words.format(**vars(self))
 
 
-TAKEN_VARIABLES: Texts = {}    # taken out of os.environ, so that no child gets them; kept for a reload
+TAKEN_VARIABLES: Texts = {}             # taken out of os.environ, so that no child gets them; kept for a reload
 HIDDEN_VARIABLES: set[str] = set()      # further ones that no secret command gets
 
 
@@ -1390,7 +1392,7 @@ class SecretCache:
         if self._secret is not None:
             self._learn(self._secret)
 
-    def renew(self, used: Secret | None, while_waiting: Callable[[], None]) -> Secret | None:
+    def renew(self, used: Secret | None, while_waiting: Waiting) -> Secret | None:
         """For a secret that the upstream rejected: another one if there is one by now, else the same."""
         with self._lock:
             if not same_secret(self._secret, used):
@@ -1428,7 +1430,7 @@ class DryCall(NamedTuple):
     method: str
     path: str                           # as it would go upstream, raw
     query: str
-    fields: Texts              # headers, names in lower case
+    fields: Texts                       # headers, names in lower case
     body: Json
     size: int                           # of the body, in bytes
     checked_model: str | None
@@ -2091,7 +2093,7 @@ def no_constant(name: str) -> NoReturn:
 
 
 def an_integer(text: str) -> int:
-    """Attack: megabytes of digits, whose reading takes seconds. What is so long is only told to be long."""
+    """Attack: megabytes of digits, whose reading takes seconds. The first ones are enough to be over every limit of ours."""
     if len(text) > DIGITS_LIMIT:
         raise InvalidJson("it has a number with too many digits")
     return int(text[:DIGITS_READ])
@@ -2680,7 +2682,7 @@ def find_route(head: RequestHead, caller: Caller) -> Route:
     The prefix comes off first. A `/v1` that is missing or there twice is mended where only the mended path has a rule.
     """
     methods: set[str] = set()
-    for mend in (str, other_reading):
+    for mend in (str, other_reading):           # `str`: as it came
         for upstream in caller.upstreams:
             if not head.path.startswith(upstream.prefix + "/"):
                 continue
@@ -2923,7 +2925,7 @@ def wait_for(wire: Wire, events: int, deadline: float, caller: Wire | None = Non
     raise TimeoutError
 
 
-def watching(caller: Wire | None) -> Callable[[], None]:
+def watching(caller: Wire | None) -> Waiting:
     """For who waits without a socket: what to call now and then."""
     return caller.look if caller is not None else (lambda: None)
 
@@ -4164,6 +4166,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        # Each may need an upstream connection as well, and a few descriptors are the process's own.
         most = min(4 * self.state.config.max_concurrent, descriptor_limit() // 2 - 16)
         return not self.stopping and self.connections.admit(request, most)
 

@@ -663,6 +663,14 @@ class References(unittest.TestCase):
         named = re.split(", | or ", re.search(r"To add (.+?), look for `To add`", section("For developers"), re.S)[1])
         self.assertEqual(named, re.findall("(?m)^# To add (.+?):", SOURCE))
 
+    def test_of_the_map_are_to_what_is_in_the_source(self):
+        named = re.findall(r"(?m)^ {4}[ \d]{2}  ((?:[A-Z]\w*\.)?\w+(?:, [\w.]+)*) {2,}", broker.__doc__)
+        self.assertGreater(len(named), 13)
+        for name in ", ".join(named).split(", "):
+            owner, _, member = name.rpartition(".")
+            owners = [getattr(broker, owner)] if owner else [broker, broker.Handler]
+            self.assertTrue(any(hasattr(found, member) for found in owners), name)
+
     def test_to_machines_of_ours_are_none(self):
         self.assertNotRegex(README, r"/(work|root|tmp|home)/")
 
