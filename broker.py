@@ -54,7 +54,6 @@ import contextlib
 import copy
 import email.utils
 import errno
-import functools
 import hashlib
 import hmac
 import http.server
@@ -401,10 +400,9 @@ class Hidden:
             if len(value) < SHORTEST_HIDDEN or value in known[-1:]:
                 return
             self._values[in_answers, owner] = [*(other for other in known if other != value), value][-1 - self.FORMER:]
-            values = [value for values in self._values.values() for value in values]
-            self.in_output = Redactor(values, known=self.in_output)
+            self.in_output = Redactor(itertools.chain(*self._values.values()), known=self.in_output)
             if in_answers:
-                secrets = [value for (is_secret, _), values in self._values.items() if is_secret for value in values]
+                secrets = [each for (is_secret, _), values in self._values.items() if is_secret for each in values]
                 self.in_answers = Redactor(secrets, known=self.in_output)
                 self.in_bodies = Redactor(secrets, json_forms, known=self.in_bodies)
 
@@ -1689,9 +1687,9 @@ class UsageReader:
         self.feed(data)
 
     def _walk(self, place: Any, value: Any) -> None:
-        if isinstance(place, dict):
-            members: Any = value.items() if isinstance(value, dict) else ()
-            members = [(None, item) for item in value] if isinstance(value, list) else members
+        """Down a value that was parsed, to the places that count."""
+        if isinstance(place, dict) and isinstance(value, (dict, list)):
+            members: Any = value.items() if isinstance(value, dict) else [(None, item) for item in value]
             for key, member in members:
                 self._walk(place.get(key if key is None else key.encode("utf-8", "surrogatepass")), member)
         elif isinstance(place, str) and type(value) is int and 0 <= value < 10 ** COUNT_DIGITS:
@@ -2512,9 +2510,9 @@ class Limits:
             if rate is not None:
                 self._fill(use, rate)
                 if use.places < 1:
-                    wait = -int(-(1 - use.places) * 60 // rate)
+                    wait = math.ceil((1 - use.places) * 60 / rate)
                     raise RequestError("rate_limited", f"{client.name} may make {rate} requests a minute (requests_per_minute): "
-                                       f"try again in {wait} s, or have whoever runs the broker raise it", wait=max(1, wait))
+                                       f"try again in {wait} s, or have whoever runs the broker raise it", wait=wait)
                 use.places -= 1
             if client.max_concurrent_requests is not None and use.in_flight >= client.max_concurrent_requests:
                 raise too_many(f"{client.name} has {use.in_flight} requests in flight (max_concurrent_requests)")
@@ -3046,7 +3044,7 @@ class Answer:
 class CannedReply:
     """A dry run's answer, as if it came from an upstream."""
 
-    status, reason, has_no_body = 200, "OK", False
+    status, reason = 200, "OK"
 
     def __init__(self, kind: str, pieces: list[bytes], is_head: bool) -> None:
         self._kind, self._pieces = kind, [] if is_head else pieces
@@ -3179,6 +3177,7 @@ class Upstream:
         self._idle: list[tuple[float, Wire]] = []
         self._closed = False
         self._context: ssl.SSLContext | None = None
+        self._host, self._port, _ = proxy or (config.address.host.strip("[]"), config.address.port, "")     # to connect to
         self._addresses = SharedRun(self._look_up)
 
     def answer(self, exchange: Exchange, head: RequestHead, body: bytes, caller: Wire) -> Answer:
@@ -3349,20 +3348,18 @@ class Upstream:
                 raise RequestError("upstream_unreachable", f"no connection to {peer}: {error.strerror or 'it failed'}") from None
             raise
 
-    def _look_up(self) -> list[tuple[Any, Any]]:
-        host, port, _ = self.proxy or (self.config.address.host.strip("[]"), self.config.address.port, "")
-        if host == "localhost":         # never asked of a name server: the key would go where it says
-            return [(socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("::1", port))]
-        flags = socket.AI_NUMERICHOST if ":" in host or host.replace(".", "").isdigit() else 0
-        return [(family, address) for family, _, _, _, address in
-                socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)]
+    def _look_up(self, flags: int = 0) -> list[tuple[Any, Any]]:
+        found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=flags)
+        return [(family, address) for family, _, _, _, address in found]
 
     def _resolve(self, caller: Wire | None) -> list[tuple[Any, Any]]:
         """The addresses; a look-up that takes long is shared by all who wait for it, so that there is one at a time."""
-        host = self.proxy.host if self.proxy is not None else self.config.address.host.strip("[]")
+        host = self._host
+        if host == "localhost":         # never asked of a name server: the key would go where it says
+            return [(socket.AF_INET, ("127.0.0.1", self._port)), (socket.AF_INET6, ("::1", self._port))]
         try:
-            if host == "localhost" or ":" in host or host.replace(".", "").isdigit():
-                return self._look_up()
+            if ":" in host or host.replace(".", "").isdigit():
+                return self._look_up(socket.AI_NUMERICHOST)
             return self._addresses.result(watching(caller))
         except (OSError, UnicodeError):
             raise RequestError("upstream_unreachable", f"the name {host} can't be resolved: is the network up?") from None
@@ -3730,8 +3727,9 @@ class Exchange:
     def names(self) -> dict[str, Any]:
         """What the log says of who asked whom."""
         names = {"client": self.caller.client.name} if self.caller is not None else {}
-        several = len(self.state.config.upstreams) > 1 and self.upstream is not None
-        return {**names, "upstream": self.upstream.name} if several and self.upstream is not None else names
+        if self.upstream is not None and len(self.state.config.upstreams) > 1:
+            names["upstream"] = self.upstream.name
+        return names
 
     def log_request(self, mode: str) -> None:
         """Raises RequestError when the log does not take it: what is not written down is not sent."""
@@ -3991,7 +3989,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.gave_up and exchange.logged:
             stopped = RequestError("upstream_timeout", "the broker was stopped before the answer was complete")
             return self.refuse(stopped, exchange)
-        exchange.outcome = "upstream_aborted" if exchange.status is not None and self.server.gave_up else "client_disconnected"
+        exchange.outcome = "client_disconnected"
 
     def drain(self, exchange: Exchange) -> None:
         """Reads what still comes of a refused request, so that no reset overtakes the answer."""
@@ -4573,8 +4571,10 @@ def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
     signals.raising = False
     threading.Thread(target=server.serve_forever, args=(LOOK_SECONDS,), daemon=True).start()
 
+    def make(config: Config) -> State:
+        return make_state(config, server.state.shown_tokens, run_as)
+
     def reload() -> None:
-        make = functools.partial(make_state, shown=server.state.shown_tokens, run_as=run_as)
         threading.Thread(target=server.reload, args=(make,), daemon=True).start()
     if run_as is not None:
         code = run_command(command, server, signals, reload, environment_for(config, run_as, server.url, command[0]))
