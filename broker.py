@@ -540,21 +540,21 @@ class Head:
             raise Malformed("its first line is not HTTP/1.1's")
         if len(found) != rest.count("\n"):
             raise Malformed("a header is not `Name: value` with CRLF at its end")
-        self.line, self.minor = line, line["minor"] == "1"
+        self.line, self.is_http_1_1 = line, line["minor"] == "1"
         self.lines = [(name, name.lower(), value.strip("\t ")) for name, value in found]
         self.fields: dict[str, str] = {}        # by lower-case name; what came more than once is joined by commas
         for _, name, value in self.lines:
             self.fields[name] = f"{self.fields[name]}, {value}" if name in self.fields else value
         self.length, self.chunked = self._framing()
         self.connection = comma_separated(self.fields.get("connection", ""))
-        self.keep_alive = "close" not in self.connection if self.minor else "keep-alive" in self.connection
+        self.keep_alive = "close" not in self.connection if self.is_http_1_1 else "keep-alive" in self.connection
 
     def _framing(self) -> tuple[int | None, bool]:
         """(the body's length, whether it comes in chunks)."""
         length, coding = self.fields.get("content-length"), self.fields.get("transfer-encoding")
         if length is not None and not re.fullmatch("[0-9]{1,18}", length):
             raise Malformed("its Content-Length is not one plain number, once")
-        if coding is not None and (length is not None or coding.lower() != "chunked" or not self.minor):
+        if coding is not None and (length is not None or coding.lower() != "chunked" or not self.is_http_1_1):
             raise Malformed("its Transfer-Encoding is not exactly `chunked`, once, with HTTP/1.1, without a Content-Length")
         return None if length is None else int(length), coding is not None
 
@@ -959,13 +959,13 @@ class SecretSource:
     kind, words = "none", "no credential"   # `{...}` in the words stands for an option
     variable: str | None = None         # the environment variable that holds the secret
     cache_seconds = math.inf
-    folder = asked_for = ""
+    folder = upstream_name = ""         # as `prepare` is told
 
     def __init__(self, **options: Any) -> None:
         vars(self).update(options)
 
-    def prepare(self, folder: str, asked_for: str) -> SecretSource:
-        """Ready to be asked. `folder`: the configuration's, absolute; `asked_for`: the upstream's name."""
+    def prepare(self, folder: str, upstream_name: str) -> SecretSource:
+        """Ready to be asked. `folder`: the configuration's, absolute."""
         return self
 
     def resolve(self) -> Secret | None:
@@ -1150,7 +1150,7 @@ class CommandSource(SecretSource):
     argv: tuple[str, ...]
     timeout_seconds: float
 
-    def prepare(self, folder: str, asked_for: str) -> SecretSource:
+    def prepare(self, folder: str, upstream_name: str) -> SecretSource:
         """Looked up once: who can write an `op` into an earlier folder later on changes nothing."""
         import shutil
         program = os.path.join(folder, self.argv[0]) if os.path.dirname(self.argv[0]) else self.argv[0]
@@ -1195,7 +1195,7 @@ class FileSource(SecretSource):
     kind, words = "file", "file {path}"
     path: str
 
-    def prepare(self, folder: str, asked_for: str) -> SecretSource:
+    def prepare(self, folder: str, upstream_name: str) -> SecretSource:
         return FileSource(**{**vars(self), "path": os.path.abspath(os.path.join(folder, self.path))})
 
     def resolve(self) -> Secret:
@@ -1218,12 +1218,12 @@ class FileSource(SecretSource):
         flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
         with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
             status = os.fstat(file.fileno())
-            is_ours = os.name == "posix" and not trusted        # Windows has no mode bits that say who may read
+            has_modes = os.name == "posix" and not trusted      # Windows has no mode bits that say who may read
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("is no regular file: name one")
-            if is_ours and status.st_uid not in (0, os.geteuid()):
+            if has_modes and status.st_uid not in (0, os.geteuid()):
                 raise ValueError("belongs to another user: copy it into a file of your own, then chmod 600")
-            if is_ours and status.st_mode & 0o077:
+            if has_modes and status.st_mode & 0o077:
                 raise ValueError(f"is open to others (mode {stat.S_IMODE(status.st_mode):03o}): chmod 600 {self.path}")
             data = file.read(SECRET_OUTPUT_LIMIT + 1)
         if len(data) > SECRET_OUTPUT_LIMIT:
@@ -1256,14 +1256,14 @@ class PromptSource(SecretSource):
 
     kind, words = "prompt", "typed at the start"
 
-    def prepare(self, folder: str, asked_for: str) -> SecretSource:
-        return PromptSource(asked_for=asked_for)
+    def prepare(self, folder: str, upstream_name: str) -> SecretSource:
+        return PromptSource(upstream_name=upstream_name)
 
     def resolve(self) -> Secret:
-        if self.asked_for not in TYPED_SECRETS:
-            typed = ask_on_terminal(f"broker: the provider's key for {self.asked_for} (it will not be shown): ")
-            TYPED_SECRETS[self.asked_for] = Secret(typed, "what was typed")
-        return TYPED_SECRETS[self.asked_for]
+        if self.upstream_name not in TYPED_SECRETS:
+            typed = ask_on_terminal(f"broker: the provider's key for {self.upstream_name} (it will not be shown): ")
+            TYPED_SECRETS[self.upstream_name] = Secret(typed, "what was typed")
+        return TYPED_SECRETS[self.upstream_name]
 
 
 def an_argv(value: Any) -> Any:
@@ -1274,12 +1274,12 @@ def an_argv(value: Any) -> Any:
 
 
 A_PATH = a_text(r"[^\0\ud800-\udfff]+", "the path of a file")
-SECONDS = a_number(0.1, 86400)
-CACHE_SECONDS = (3600, a_number(0, 31 * 86400))
+A_TIMEOUT = a_number(0.1, 86400)
+CACHE_ROW = (3600, a_number(0, 31 * 86400))     # default and check of `cache_seconds`
 SECRET_SOURCES: dict[str, tuple[type[SecretSource], KeyTable]] = {
     "env": (EnvironmentSource, {"name": (REQUIRED, a_text(VARIABLE, "the name of an environment variable"))}),
-    "command": (CommandSource, {"argv": (REQUIRED, an_argv), "timeout_seconds": (60, SECONDS), "cache_seconds": CACHE_SECONDS}),
-    "file": (FileSource, {"path": (REQUIRED, A_PATH), "cache_seconds": CACHE_SECONDS}),
+    "command": (CommandSource, {"argv": (REQUIRED, an_argv), "timeout_seconds": (60, A_TIMEOUT), "cache_seconds": CACHE_ROW}),
+    "file": (FileSource, {"path": (REQUIRED, A_PATH), "cache_seconds": CACHE_ROW}),
     "prompt": (PromptSource, {}),
     "none": (SecretSource, {}),
 }
@@ -1984,6 +1984,12 @@ class Config(NamedTuple):
         """What the key is called that names a client's token."""
         return f"clients.{client.name}.token_env" if self.raw.get("clients") is not None else "client_token_env"
 
+    def upstream_key(self, name: str, key: str) -> str:
+        """What a key of the upstream is called; the short form, which has one upstream, has it at the top."""
+        if self.raw.get("upstreams") is not None:
+            return f"upstreams.{name}.{key}"
+        return "upstream_base_url" if key == "base_url" else key
+
     def upstreams_of(self, client: ClientConfig) -> tuple[UpstreamConfig, ...]:
         """Those that the client may use, a longer prefix before a shorter one."""
         found = [upstream for upstream in self.upstreams if upstream.name in client.upstreams]
@@ -2067,7 +2073,7 @@ KEYS: KeyTable = {
     "clients": (None, NAMED_PARTS),
     "allowed_hosts": (DEFAULT_HOSTS, a_list(HOST_NAME, 'host names without a port, such as "127.0.0.1" and "localhost"')),
     "max_request_bytes": (32 * MIB, a_number(1, BUFFERED_LIMIT, whole=True)),
-    "upstream_timeout_seconds": (600, SECONDS),
+    "upstream_timeout_seconds": (600, A_TIMEOUT),
     "max_concurrent_requests": (128, a_number(1, 10000, whole=True)),
     "event_log": ("events.jsonl", A_PATH),
 }
@@ -2119,7 +2125,7 @@ def strict_json(data: bytes) -> Any:
         raise InvalidJson("it is nested too deeply") from None
 
 
-def make_upstream(name: str, values: Json, key: str) -> UpstreamConfig:
+def make_upstream_config(name: str, values: Json, key: str) -> UpstreamConfig:
     """From the checked values of its keys, in their order. `key`: what its own keys are called in an error."""
     own = [header.lower().replace("_", "-") for header in (values["auth_header"], *values["extra_headers"])]
     for at, header in enumerate(own):
@@ -2130,7 +2136,7 @@ def make_upstream(name: str, values: Json, key: str) -> UpstreamConfig:
     return UpstreamConfig._make((name, *{**values, "allowed_paths": rules}.values(), frozenset(own)))
 
 
-def make_client(name: str, values: Json, key: str, upstreams: Iterable[UpstreamConfig]) -> ClientConfig:
+def make_client_config(name: str, values: Json, key: str, upstreams: Iterable[UpstreamConfig]) -> ClientConfig:
     """From the checked values of its keys, in their order. Raises ValueError for a rule that no request could ever match."""
     known = tuple(upstream.name for upstream in upstreams)
     chosen = values["upstreams"] or known
@@ -2171,7 +2177,7 @@ def keys_for(raw: Json, dry_run: bool) -> KeyTable:
 
 def check_variables(config: Config) -> None:
     """No variable for two things. Raises ValueError."""
-    owners = {upstream.source.variable: "secret_source" for upstream in config.upstreams}
+    owners = {upstream.source.variable: config.upstream_key(upstream.name, "secret_source") for upstream in config.upstreams}
     for client in config.clients:
         key = config.token_key(client)
         if client.token_env is not None and owners.setdefault(client.token_env, key) != key:
@@ -2188,10 +2194,9 @@ def check_variables(config: Config) -> None:
 
 def check_together(config: Config) -> None:
     """What can only be said of several keys. Raises ValueError."""
-    long_form = config.raw.get("upstreams") is not None
     for upstream in config.upstreams:
-        key = f"upstreams.{upstream.name}.base_url" if long_form else "upstream_base_url"
         if upstream.address.is_loopback and upstream.address.port == config.listen_port:
+            key = config.upstream_key(upstream.name, "base_url")
             raise ValueError(f'"{key}" is the broker itself: give the provider\'s address')
     if any(client.token_env is None for client in config.clients) and not config.allowed_hosts <= set(DEFAULT_HOSTS):
         raise ValueError('"client_token_env" is null, which is refused while "allowed_hosts" has more than the default: name '
@@ -2215,9 +2220,11 @@ def load_config(file: str, dry_run: bool = False, port: int | None = None) -> Co
         dry_run = dry_run or raw.get("mode") == "dry_run"
         values = checked_members(raw, keys_for(raw, dry_run))
         short = {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
-        upstreams = tuple(make_upstream(*part) for part in checked_parts(values["upstreams"], UPSTREAM_KEYS, "upstreams", short))
+        parts = checked_parts(values["upstreams"], UPSTREAM_KEYS, "upstreams", short)
+        upstreams = tuple(make_upstream_config(*part) for part in parts)
         short = {**dict.fromkeys(CLIENT_KEYS), "token_env": values["client_token_env"]}
-        clients = tuple(make_client(*part, upstreams) for part in checked_parts(values["clients"], CLIENT_KEYS, "clients", short))
+        parts = checked_parts(values["clients"], CLIENT_KEYS, "clients", short)
+        clients = tuple(make_client_config(*part, upstreams) for part in parts)
         config = Config(file, raw, values["listen_port"] if port is None else port, dry_run, upstreams, clients,
                         frozenset(map(str.lower, values["allowed_hosts"])), values["max_request_bytes"],
                         values["upstream_timeout_seconds"], values["max_concurrent_requests"],
@@ -2787,9 +2794,9 @@ def check_body(head: RequestHead, path: str, body: bytes, keep: bool, client: Cl
 
 def check_no_secret(head: RequestHead, body: bytes) -> None:
     """The caller should not have the secret; if it does, it has leaked already and must be changed."""
-    in_head = HIDDEN.in_answers
-    if in_head.windows and (in_head.has(head.raw) or HIDDEN.in_bodies.has(body) or (
-            "%" in head.target and in_head.has(urllib.parse.unquote_to_bytes(head.target)))):
+    secrets = HIDDEN.in_answers
+    if secrets.windows and (secrets.has(head.raw) or HIDDEN.in_bodies.has(body) or (
+            "%" in head.target and secrets.has(urllib.parse.unquote_to_bytes(head.target)))):
         say("broker: ALARM: a caller sent a request that holds the secret itself: it has leaked, replace it in its store",
             often="alarm")
         raise RequestError("secret_in_request", "the request holds the provider's key, which only the broker should have: "
@@ -3430,8 +3437,8 @@ class State(NamedTuple):
                 try:
                     upstream.secrets.resolve_now(watching(None))
                 except SecretUnavailable as error:
-                    prefix = "" if self.config.raw.get("upstreams") is None else f"upstreams.{upstream.config.name}."
-                    raise SecretUnavailable(f'"{prefix}secret_source": the secret is not available: {error}') from None
+                    key = self.config.upstream_key(upstream.config.name, "secret_source")
+                    raise SecretUnavailable(f'"{key}": the secret is not available: {error}') from None
 
     def stay_hidden(self) -> None:
         """The secrets that are in use count as the newest again: those of a reload that failed must not push them out."""
@@ -3598,7 +3605,7 @@ def make_callers(config: Config, shown: dict[str, str], run_as: RunAs | None) ->
     return callers
 
 
-def make_upstream_of(config: Config, upstream: UpstreamConfig, callers: dict[bytes | None, Caller]) -> Upstream:
+def make_upstream(config: Config, upstream: UpstreamConfig, callers: dict[bytes | None, Caller]) -> Upstream:
     """With its secret's source ready to be asked. Raises ConfigError, and SecretUnavailable."""
     mend = "give the callers tokens of their own, see --new-token"
 
@@ -3623,7 +3630,7 @@ def make_state(config: Config, shown: dict[str, str], run_as: RunAs | None) -> S
     HIDDEN_VARIABLES.update(upstream.source.variable for upstream in config.upstreams if upstream.source.variable is not None)
     shown = dict(shown)
     callers = make_callers(config, shown, run_as)
-    upstreams = {upstream.name: DryRun(upstream) if config.dry_run else make_upstream_of(config, upstream, callers)
+    upstreams = {upstream.name: DryRun(upstream) if config.dry_run else make_upstream(config, upstream, callers)
                  for upstream in config.upstreams}
     return State(config, callers, upstreams, shown)
 
@@ -3808,7 +3815,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if head.path in HEALTH_PATHS and head.method in ("GET", "HEAD"):                # 4
                 return self.send_own(exchange, 200, b'{"ok": true}')
             caller = exchange.caller = identify_caller(head, state.callers)                 # 5
-            self.server.connections.is_busy(self.request)
+            self.server.connections.mark_busy(self.request)
             if (head.path, head.method) == (STATUS_PATH, "GET"):
                 return self.send_own(exchange, 200, encode_json(status_of(caller, self.server.limits)).encode())
             route = exchange.take_route(find_route(head, caller))                           # 6
@@ -3832,7 +3839,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(internal_error(bug, exchange.id), exchange)
         finally:
             exchange.finish()                                                               # 13
-            self.server.connections.waits(self.request)
+            self.server.connections.mark_waiting(self.request)
 
     def request_comes(self) -> bool:
         """Waits for the first byte of a request. RFC 9112 section 2.2: an empty line before it is let pass."""
@@ -3874,7 +3881,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if source is None:
             return b""
         exchange.reserve_room(head.length or 0)
-        if head.fields.get("expect", "").lower() == "100-continue" and head.minor and not self.wire.buffer:
+        if head.fields.get("expect", "").lower() == "100-continue" and head.is_http_1_1 and not self.wire.buffer:
             self.send(exchange, b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()                  # not a list of pieces: long ones between others' leave holes in the memory
         try:
@@ -3909,7 +3916,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_head(self, exchange: Exchange, status_line: str, lines: str, framing: str, keep: bool) -> bytes:
         """The head of every answer, whoever made the body."""
-        is_old = exchange.head is not None and not exchange.head.minor
+        is_old = exchange.head is not None and not exchange.head.is_http_1_1
         connection = "Connection: close\r\n" if not keep else "Connection: keep-alive\r\n" if is_old else ""
         exchange.ttfb = exchange.milliseconds()
         return HIDDEN.in_answers.also(exchange.secret).clean(
@@ -3924,8 +3931,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         usage = exchange.reader = UsageReader(kind[1] if kind else "")
         stream = RedactedStream(known.also(exchange.secret))
         data, whole = stream.feed(piece, answer.done), answer.done
-        chunked = not whole and head.minor
-        keep = head.keep_alive and not self.server.stopping and (whole or head.minor)
+        chunked = not whole and head.is_http_1_1
+        keep = head.keep_alive and not self.server.stopping and (whole or head.is_http_1_1)
         length = answer.announced_length if answer.has_no_body else len(data) if whole else None
         framing = "Transfer-Encoding: chunked\r\n" if chunked else "" if length is None else f"Content-Length: {length}\r\n"
         start = self.answer_head(exchange, f"{answer.status} {answer.reason}", lines, framing, keep)
@@ -3972,7 +3979,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, error: RequestError, exchange: Exchange) -> None:
         """The one place that answers a RequestError, or cuts the connection where an answer has begun."""
-        self.server.connections.waits(self.request)
+        self.server.connections.mark_waiting(self.request)
         if exchange.status is not None:
             exchange.outcome = "upstream_aborted"
             self.close_connection = True
@@ -4049,14 +4056,14 @@ class Connections:
         with self._lock:
             return self._evict()
 
-    def is_busy(self, sock: socket.socket) -> None:
+    def mark_busy(self, sock: socket.socket) -> None:
         """It has a request past the caller check. Raises ClientDisconnected if it has just given way."""
         with self._lock:
             if sock not in self._open:
                 raise ClientDisconnected
             self._waiting.pop(sock, None)
 
-    def waits(self, sock: socket.socket) -> None:
+    def mark_waiting(self, sock: socket.socket) -> None:
         """It has none (any more)."""
         with self._lock:
             if sock in self._open:
@@ -4314,7 +4321,7 @@ class Signals:
         return number is not None and number == self.HANG_UP and (ignored or not self._has_terminal or has_terminal())
 
 
-def exchange_limits(limits: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+def swap_limits(limits: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
     """Sets the process's limits; returns what they were."""
     before = {}
     for limit, values in limits.items():
@@ -4333,11 +4340,11 @@ def as_inherited() -> Iterator[None]:
     """
     handlers = {number: signal.signal(number, signal.SIG_IGN)
                 for number, handler in INHERITED_SIGNALS.items() if handler == signal.SIG_IGN}
-    limits = exchange_limits(INHERITED_LIMITS)
+    limits = swap_limits(INHERITED_LIMITS)
     try:
         yield
     finally:
-        exchange_limits(limits)
+        swap_limits(limits)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -782,7 +782,7 @@ GUARDS = (
           "test_upstreams.WrongUpstreams.test_rules_that_two_share_name_both",
           goes_to_either_upstream),
     Guard("open_key_file", "Another user reads the key in a file that is open to all.",
-          "if is_ours and status.st_mode & 0o077:", "if False:",
+          "if has_modes and status.st_mode & 0o077:", "if False:",
           "test_secret_sources.FromWhichFile.test_is_one_that_its_owner_alone_may_read", reads_a_key(open_key)),
     Guard("linked_key_file",
           "An agent puts a link to another file in the place of the key's, which is then sent to the provider.",
