@@ -110,6 +110,7 @@ FAILURE_SECONDS, RENEWAL_SECONDS = 5, 60    # a failed secret is not asked for a
 SECRET_OUTPUT_LIMIT = 64 * KIB
 LOGGED_STRING_LIMIT, LINES_A_MINUTE = 256, 20
 SAID_LINES_LIMIT = 1000                 # on their way to a stderr that nobody reads
+BYTES_A_TOKEN = 4                       # for an estimate, where nobody counts
 TOKENS_ASKED_UNSAID = 4096              # reserved for a request that names no limit of its own
 EMBEDDED_NUMBERS_LIMIT = 256 * KIB      # in one canned answer; a caller asks for 2048 * 4096 of them with 10 kB
 WHOLE_ANSWER_LIMIT = 64 * KIB           # what of an answer is parsed in one go for its counts
@@ -1451,7 +1452,7 @@ class DryCall(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return self.size // 4
+        return self.size // BYTES_A_TOKEN
 
     @property
     def vectors(self) -> list[Json]:
@@ -2255,7 +2256,6 @@ EVENT_FIELDS = {event: frozenset(names.split()) for event, names in {
 }.items()}
 FOREIGN_FIELDS = ("method", "path", "model", "upstream_request_id")
 LOG_LINE_LIMIT, PENDING_LIMIT = MIB, 20_000     # of a log that is read: a line, and requests without a response yet
-BYTES_A_TOKEN = 4                       # for an estimate, where nobody counts
 encode_json = json.JSONEncoder(separators=(",", ":")).encode
 first_json = json.JSONDecoder().raw_decode      # at half the price of json.loads: a start reads hundreds of thousands of lines
 
@@ -2308,7 +2308,7 @@ class EventLog:
         self._fd, self._torn, self._locked, self._is_closed = -1, False, False, False
 
     @staticmethod
-    def _check(found: os.stat_result) -> None:
+    def _check_file(found: os.stat_result) -> None:
         # Attack: a link in the log's place makes us append to a file of the attacker's choice.
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             raise OSError(errno.EINVAL, "it must be a regular file of its own, no link and no pipe: remove it or name another")
@@ -2318,7 +2318,7 @@ class EventLog:
     def check(self) -> None:
         """Finds what `open` would, but makes nothing."""
         if os.path.lexists(self.path):
-            self._check(os.lstat(self.path))
+            self._check_file(os.lstat(self.path))
         elif not os.path.isdir(os.path.dirname(self.path)):
             raise FileNotFoundError(errno.ENOENT, "its folder does not exist: make it")
         if not os.access(self.path if os.path.lexists(self.path) else os.path.dirname(self.path), os.W_OK):
@@ -2340,7 +2340,7 @@ class EventLog:
                 raise OSError(errno.ELOOP, "it must be a regular file of its own, and is a link: name the file itself") from None
             raise
         try:
-            self._check(os.fstat(fd))
+            self._check_file(os.fstat(fd))
             if hasattr(os, "fchmod"):
                 os.fchmod(fd, 0o600)
             same = self._fd >= 0 and os.path.sameopenfile(fd, self._fd)
@@ -2609,7 +2609,7 @@ class Caller(NamedTuple):
 
     @property
     def rules(self) -> list[Rule]:
-        """What it may ask for, as it writes it."""
+        """What it may ask for, as it writes it; without a prefix first."""
         if self.client.rules is not None:
             return list(self.client.rules)
         return [rule for upstream in reversed(self.upstreams) for rule in upstream.rules]
@@ -2736,10 +2736,10 @@ class BodyFacts(NamedTuple):
     models: tuple[Any, ...] = ()        # every one that the provider might take, for a client with allowed_models
     tokens: int = 0                     # asked for, by a client with tokens_per_day
     stream: bool = False
-    json: dict[str, Any] = {}           # empty unless dry-run asks for it
+    json: Json = {}                     # empty unless dry-run asks for it
 
 
-def check_json(body: bytes) -> dict[str, Any]:
+def check_json(body: bytes) -> Json:
     """Attack: one JSON text that we and the provider read differently, so that a checked value is not the used one."""
     try:
         members = strict_json(body)
@@ -2753,7 +2753,7 @@ def check_json(body: bytes) -> dict[str, Any]:
     return members
 
 
-def body_facts(path: str, members: dict[str, Any], keep: bool, client: ClientConfig) -> BodyFacts:
+def body_facts(path: str, members: Json, keep: bool, client: ClientConfig) -> BodyFacts:
     """From what a body says, {} where it says nothing that we can read."""
     model = model_in_path(path) or members.get("model")
     return BodyFacts(model if isinstance(model, str) else None,
@@ -3599,7 +3599,7 @@ def make_callers(config: Config, shown: dict[str, str], run_as: RunAs | None) ->
             raise ConfigError(f'{config.file}: "{config.token_key(callers[key].client)}" and "{config.token_key(client)}" '
                               "hold the same token: give each client one of its own, see --new-token")
         callers[key] = Caller(client, key, config.upstreams_of(client))
-    if not callers and run_as is not None:
+    if not callers and run_as is not None:      # a reload found it taken out
         raise ConfigError(f'{config.file}: "clients" has no {run_as.client}: known are '
                           f'{", ".join(client.name for client in config.clients)}')
     return callers
@@ -3928,7 +3928,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lines, piece = answer.end_to_end(), answer.ready()
         kind = re.search(r"(?im)^content-type:(.*)", lines)
         known = HIDDEN.in_answers
-        usage = exchange.reader = UsageReader(kind[1] if kind else "")
+        reader = exchange.reader = UsageReader(kind[1] if kind else "")
         stream = RedactedStream(known.also(exchange.secret))
         data, whole = stream.feed(piece, answer.done), answer.done
         chunked = not whole and head.is_http_1_1
@@ -3936,7 +3936,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = answer.announced_length if answer.has_no_body else len(data) if whole else None
         framing = "Transfer-Encoding: chunked\r\n" if chunked else "" if length is None else f"Content-Length: {length}\r\n"
         start = self.answer_head(exchange, f"{answer.status} {answer.reason}", lines, framing, keep)
-        read = usage.read_whole if whole else usage.feed
+        read = reader.read_whole if whole else reader.feed
         while True:
             read(data)
             exchange.status = answer.status
@@ -3955,7 +3955,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 known = HIDDEN.in_answers
                 stream.redactor = known.also(exchange.secret)
             data = stream.feed(piece, answer.done)
-        failed = answer.status >= 400 or usage.failed
+        failed = answer.status >= 400 or reader.failed
         exchange.outcome = exchange.outcome or ("upstream_error" if failed else "ok")
         self.close_connection = not keep
 
@@ -4202,7 +4202,7 @@ class Server(http.server.ThreadingHTTPServer):
                 f"{(exchange.facts.model or '-')[:64]} {what} {exchange.milliseconds():.0f} ms{tokens}")
 
     def load_ledger(self, config: Config) -> None:
-        """What the log says of today, for each client that has a budget since now. Raises OSError."""
+        """What the log says of today, for each client that had no budget before. Raises OSError."""
         budgets = {client.name for client in config.clients if client.tokens_per_day is not None}
         if new := budgets - self.counted:
             used, unreadable = used_today(config.event_log)
@@ -4621,7 +4621,7 @@ def run_check(config: Config) -> int:
     with start_failures(config):
         EventLog(config.event_log, False).check()
         if config.has_budgets:
-            used_today(config.event_log)
+            used_today(config.event_log)    # a start has to read it
         state.resolve_secrets()
     has_secret = not config.dry_run and any(upstream.source.kind != "none" for upstream in config.upstreams)
     resolved = ", and the secret was resolved" if has_secret else ""
