@@ -2813,7 +2813,7 @@ def check_model(client: ClientConfig, method: str, facts: BodyFacts) -> None:
                                f"{', '.join(client.models)}. If it should, add it to allowed_models in its configuration")
     if not facts.models and method in BODY_METHODS and "*" not in client.models:
         raise RequestError("model_not_allowed", f"{client.name} may only use {', '.join(client.models)}, and the request names "
-                           "no model where the broker could check it")
+                           "no model where the broker could check it: name one in a JSON body")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3347,12 +3347,14 @@ class Upstream:
         except BaseException as error:
             if wire is not None:
                 wire.close()
+            mend = "check the network, the address and HTTPS_PROXY where the broker runs"
             if isinstance(error, TimeoutError):
                 raise RequestError("upstream_timeout", f"no connection to {address.authority} within "
-                                   f"{UPSTREAM_CONNECT_SECONDS} seconds") from None
+                                   f"{UPSTREAM_CONNECT_SECONDS} seconds: {mend}") from None
             if isinstance(error, OSError):
                 peer = f"the proxy {self.proxy.host}:{self.proxy.port}" if self.proxy else address.authority
-                raise RequestError("upstream_unreachable", f"no connection to {peer}: {error.strerror or 'it failed'}") from None
+                reason = error.strerror or "it failed"
+                raise RequestError("upstream_unreachable", f"no connection to {peer} ({reason}): {mend}") from None
             raise
 
     def _look_up(self, flags: int = 0) -> list[tuple[Any, Any]]:
@@ -3420,7 +3422,8 @@ class Upstream:
                                f"{error.verify_message.rstrip('.')}. Is a proxy in the way, or SSL_CERT_FILE missing?") from None
         except OSError as error:
             reason = getattr(error, "reason", None) or "the connection was closed"
-            raise RequestError("upstream_tls_error", f"no TLS with {address.authority}: {reason}") from None
+            raise RequestError("upstream_tls_error", f"no TLS with {address.authority} ({reason}): is it an https:// address, "
+                               "and no proxy in the way?") from None
 
 
 class State(NamedTuple):
