@@ -2588,7 +2588,8 @@ class Capacity:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. Admission: a check for each step of the map. It raises RequestError, or lets the request pass. Pure.
+# 10. Admission: a check for each step of the map. It raises RequestError, or lets the request pass. Pure, but for an alarm
+# and the turn that heavy work waits for.
 
 HOST = re.compile(r"(.+?)(?::[0-9]{1,5})?")
 # RFC 9110 section 8.3.1. A charset other than UTF-8 would let two parsers read two texts; every other parameter, and an
@@ -2597,7 +2598,8 @@ JSON_CONTENT = re.compile(
     rf'application/json[ \t]*(?:;[ \t]*(?:(?:charset=(?:utf-?8|us-ascii|"utf-?8"|"us-ascii")'
     rf'|(?!charset){TOKEN}=(?:{TOKEN}|"[^"\\]*"))[ \t]*)?)*', re.I)
 CASE_SENSITIVE_KEYS = frozenset(("model", "stream", "tools", "messages", "input"))
-# json holds the interpreter's lock for a whole text: a long one, or one of many small parts, is parsed alone.
+# json holds the interpreter's lock for a whole text: a long one, or one of many small parts, is parsed alone. So is a heap
+# of small chunks.
 HEAVY_WORK = threading.Lock()
 
 
@@ -2994,8 +2996,7 @@ class Answer:
         self.status, self.reason, self.head = head.status, head.reason, head
         self.has_no_body = request.method == "HEAD" or head.status in (204, 304)
         self._body = Body(0 if self.has_no_body else head.length, head.chunked and not self.has_no_body, strict=False)
-        # Attack: a body after an answer that has none, or to a GET that had one itself and did not expect it read: it would
-        # be the next caller's answer.
+        # Attack: a body after an answer that has none: it would be the next caller's answer.
         self._keep, self._is_closed = keep if head.keep_alive and not self.has_no_body else None, False
         self.announced_length = head.length if self.has_no_body and head.status != 204 else None
         self._looked = time.monotonic()
@@ -3239,6 +3240,7 @@ class Upstream:
             wire = kept or self.connect(caller)
             try:
                 complete = self._send(wire, raw + body, caller)
+                # Attack: a GET's body that the upstream does not read: it would be the next caller's request.
                 may_keep = complete and (not body or head.method in BODY_METHODS)
                 return self._receive(wire, head, caller, self._keep if may_keep else None)
             except Stale as stale:
