@@ -2212,32 +2212,32 @@ def check_together(config: Config) -> None:
 
 def load_config(file: str, dry_run: bool = False, port: int | None = None) -> Config:
     """The configuration in a file, with the command line's words put over it. Raises ConfigError."""
-    shown, file = file, os.path.abspath(file)
+    path = os.path.abspath(file)
     try:
-        with open(file, "rb") as stream:
+        with open(path, "rb") as stream:
             raw = strict_json(stream.read(MIB))
         if not isinstance(raw, dict):
             raise InvalidJson("it is not one object: start from broker_config.example.json")
-        dry_run = dry_run or raw.get("mode") == "dry_run"
-        values = checked_members(raw, keys_for(raw, dry_run))
+        is_dry_run = dry_run or raw.get("mode") == "dry_run"
+        values = checked_members(raw, keys_for(raw, is_dry_run))
         short = {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
         parts = checked_parts(values["upstreams"], UPSTREAM_KEYS, "upstreams", short)
         upstreams = tuple(make_upstream_config(*part) for part in parts)
         short = {**dict.fromkeys(CLIENT_KEYS), "token_env": values["client_token_env"]}
         parts = checked_parts(values["clients"], CLIENT_KEYS, "clients", short)
         clients = tuple(make_client_config(*part, upstreams) for part in parts)
-        config = Config(file, raw, values["listen_port"] if port is None else port, dry_run, upstreams, clients,
+        config = Config(path, raw, values["listen_port"] if port is None else port, is_dry_run, upstreams, clients,
                         frozenset(map(str.lower, values["allowed_hosts"])), values["max_request_bytes"],
                         values["upstream_timeout_seconds"], values["max_concurrent_requests"],
-                        os.path.join(os.path.dirname(file), values["event_log"]))
+                        os.path.join(os.path.dirname(path), values["event_log"]))
         check_together(config)
         return config
     except OSError as error:
-        raise ConfigError(f"{shown}: can't be read: {error.strerror}: give the file with --config FILE") from None
+        raise ConfigError(f"{file}: can't be read: {error.strerror}: give the file with --config FILE") from None
     except InvalidJson as error:
-        raise ConfigError(f"{shown}: is not JSON (UTF-8, no comments, no byte-order mark): {error}") from None
+        raise ConfigError(f"{file}: is not JSON (UTF-8, no comments, no byte-order mark): {error}") from None
     except ValueError as error:
-        raise ConfigError(f"{shown}: {error}") from None
+        raise ConfigError(f"{file}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3208,7 +3208,7 @@ class Upstream:
             # Attack: a redirect would take the credential, or the caller's next request, to another host.
             answer.close()
             raise RequestError("upstream_redirect", f"the provider answered with a redirect ({answer.status}), which is not "
-                               "followed: check upstream_base_url in the broker's configuration")
+                               "followed: check upstream_base_url (base_url below upstreams) in the broker's configuration")
         return answer
 
     def _secret(self, caller: Wire) -> Secret | None:
@@ -3590,9 +3590,10 @@ class RunAs(NamedTuple):
     token: str
 
 
-def make_callers(config: Config, shown: dict[str, str], run_as: RunAs | None) -> dict[bytes | None, Caller]:
-    """The callers by the digest of their tokens; a dry run's random tokens are put into `shown`. Raises ConfigError."""
+def make_callers(config: Config, known: Texts, run_as: RunAs | None) -> tuple[dict[bytes | None, Caller], Texts]:
+    """(the callers by the digest of their tokens, a dry run's random tokens, the known ones kept). Raises ConfigError."""
     callers: dict[bytes | None, Caller] = {}
+    shown = dict(known)
     for client in config.clients:
         if run_as is not None and client.name != run_as.client:
             continue
@@ -3607,7 +3608,7 @@ def make_callers(config: Config, shown: dict[str, str], run_as: RunAs | None) ->
     if not callers and run_as is not None:      # a reload found it taken out
         raise ConfigError(f'{config.file}: "clients" has no {run_as.client}: known are '
                           f'{", ".join(client.name for client in config.clients)}')
-    return callers
+    return callers, shown
 
 
 def make_upstream(config: Config, upstream: UpstreamConfig, callers: dict[bytes | None, Caller]) -> Upstream:
@@ -3629,12 +3630,14 @@ def make_upstream(config: Config, upstream: UpstreamConfig, callers: dict[bytes 
     return Upstream(upstream._replace(source=source), secrets, find_proxy(upstream.address), config.upstream_timeout)
 
 
-def make_state(config: Config, shown: dict[str, str], run_as: RunAs | None) -> State:
-    """All that requests need of a configuration; no secret is resolved yet. Raises ConfigError, SecretUnavailable."""
+def make_state(config: Config, known: Texts, run_as: RunAs | None) -> State:
+    """All that requests need of a configuration; no secret is resolved yet. `known`: the random tokens shown before.
+
+    Raises ConfigError, SecretUnavailable.
+    """
     HIDDEN_VARIABLES.update(client.token_env for client in config.clients if client.token_env is not None)
     HIDDEN_VARIABLES.update(upstream.source.variable for upstream in config.upstreams if upstream.source.variable is not None)
-    shown = dict(shown)
-    callers = make_callers(config, shown, run_as)
+    callers, shown = make_callers(config, known, run_as)
     upstreams = {upstream.name: DryRun(upstream) if config.dry_run else make_upstream(config, upstream, callers)
                  for upstream in config.upstreams}
     return State(config, callers, upstreams, shown)
