@@ -4229,6 +4229,8 @@ class Server(http.server.ThreadingHTTPServer):
                 waits = self._replace_state(make)
             except (ConfigError, SecretUnavailable, OSError) as error:
                 say(f"broker: reload: nothing was changed: {error}")
+            except Exception as bug:        # else its thread would print a traceback
+                report_bug(bug)
             else:
                 say("broker: reloaded" + (f"; changed, but only after a restart: {', '.join(waits)}" if waits else ""))
                 self.log.write("reload", self.lifecycle)
