@@ -1,4 +1,4 @@
-"""The tests. Found by discovery (`python -m unittest`), their modules run in two processes beside each other: most of
+"""The tests. Found by discovery (`python -m unittest`), their modules run in three processes beside each other: most of
 them wait for a broker, an upstream or a browser most of the time. What they have to say is told when a module ends.
 
 Named (`python -m unittest tests.test_config`), with `-f` or `-b`, under BROKER_TEST_PROCESSES=1, or where there is only
@@ -12,7 +12,8 @@ import traceback
 import unittest
 import warnings
 
-PROCESSES = int(os.environ.get("BROKER_TEST_PROCESSES") or min(2, os.cpu_count() or 1))
+CORES = os.cpu_count() or 1
+PROCESSES = int(os.environ.get("BROKER_TEST_PROCESSES") or (min(3, CORES + 1) if CORES > 1 else 1))
 LONGEST = ("tests.test_nobody_waits", "tests.test_browser", "tests.test_readme")
 
 

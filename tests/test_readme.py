@@ -660,7 +660,7 @@ class References(unittest.TestCase):
     def test_to_names_in_the_source_are_right(self):
         for name in re.findall(r"`Handler\.(\w+)`", README):
             self.assertRegex(SOURCE, rf"\bdef {name}\(")
-        named = re.split(", | or ", re.search(r"To add (.+?), look for `To add`", section("For developers"), re.S)[1])
+        named = re.split(r",\s| or ", re.search(r"To add (.+?), look for `To add`", section("For developers"), re.S)[1])
         self.assertEqual(named, re.findall("(?m)^# To add (.+?):", SOURCE))
 
     def test_of_the_map_are_to_what_is_in_the_source(self):
