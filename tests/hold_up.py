@@ -36,6 +36,8 @@ from unittest import SkipTest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 sys.path.insert(0, ROOT)
+if __name__ == "__main__":
+    os.environ.setdefault("BROKER_TEST_START", "command")  # a fork has the memory of what it was forked from
 
 from tests.support import (  # noqa: E402
     SECRET_VARIABLE,
