@@ -32,7 +32,10 @@ class Beside(unittest.TestSuite):
         modules = {type(test).__module__ for test in each(self)}
         if debug or result.failfast or result.buffer or PROCESSES < 2 or "unittest.loader" in modules:  # one can't be loaded
             return super().run(result, debug)
-        pool = concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            pool = concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn"))
+        except (ImportError, NotImplementedError, OSError):  # a sandbox without semaphores
+            return super().run(result, debug)
         try:
             longest_first = sorted(modules, key=lambda name: (name not in LONGEST, name))
             for call in concurrent.futures.as_completed([pool.submit(run_module, name, self.patterns) for name in longest_first]):
