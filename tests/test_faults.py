@@ -4,7 +4,7 @@ import concurrent.futures
 import os
 import threading
 
-from tests.support import BrokerTestCase, Gone, canary, eventually, seeded
+from tests.support import BrokerTestCase, Gone, SharedBroker, canary, eventually, seeded
 
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
@@ -442,16 +442,8 @@ class Refusals(FaultsTestCase):
         self.assertIsNone(answer.header("Location"))
 
 
-class ARejectedSecret(BrokerTestCase):
+class ARejectedSecret(SharedBroker):
     """A provider's 401 is the operator's matter, and its reason stands in its own words."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = cls.class_stub()
-        cls.served = cls.class_broker(cls.upstream)
-
-    def setUp(self):
-        self.upstream.forget()
 
     def reject(self, message, headers=()):
         """What the caller gets when the provider rejects the key with these words."""

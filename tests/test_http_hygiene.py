@@ -9,7 +9,7 @@ import time
 import unittest
 
 import broker
-from tests.support import BrokerTestCase, eventually, linux_only, seeded, slow
+from tests.support import BrokerTestCase, SharedBroker, eventually, linux_only, seeded, slow
 
 CHAT = "/v1/chat/completions"
 
@@ -17,16 +17,8 @@ CHAT = "/v1/chat/completions"
 CONTROL = {"NUL": b"\0", "BEL": b"\x07", "VT": b"\x0b", "ESC": b"\x1b", "DEL": b"\x7f"}
 
 
-class HttpTestCase(BrokerTestCase):
+class HttpTestCase(SharedBroker):
     """One broker and one echoing upstream for all tests of a class."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = cls.class_stub()
-        cls.served = cls.class_broker(cls.upstream)
-
-    def setUp(self):
-        self.upstream.forget()
 
     def start_of(self, method="POST", path=CHAT, version="HTTP/1.1"):
         """A good head so far, as bytes without the blank line: host and token."""
