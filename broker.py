@@ -2848,6 +2848,7 @@ class Wire:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock, self.buffer = sock, b""
+        self._is_more_likely = True         # to be there at once: what is read next
 
     @property
     def is_secure(self) -> bool:
@@ -2862,11 +2863,13 @@ class Wire:
 
     def fill(self, deadline: float, caller: Wire | None = None) -> None:
         """Waits for more to read. Raises EOFError at the end."""
-        # Where much comes it is there already; TLS may hold it, unseen by a poll. That more is there is no longer time for it.
-        data = self.receive_now() if time.monotonic() < deadline else None
+        # Where much comes it is there already; TLS may hold it, unseen by a poll. Elsewhere a look would be in vain, and each
+        # call of the system passes the interpreter's lock on. That more is there is no longer time for it.
+        data = self.receive_now() if self._is_more_likely and time.monotonic() < deadline else None
         while data is None:
             wait_for(self, READ, deadline, caller)
             data = self.receive_now()
+        self._is_more_likely = len(data) == RECEIVE_BYTES or self.is_secure
         if not data:
             raise EOFError
         self.buffer = self.buffer + data if self.buffer else data
