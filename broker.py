@@ -3494,12 +3494,20 @@ def guard_process() -> list[str]:
 
 def give_memory_back() -> None:
     """Has glibc take long bodies from the system and give them back: by itself it keeps what is freed, after the first few,
-    for the next ones of their size, and that for every thread apart."""
-    m_mmap_threshold, m_arena_max = -3, -8
+    for the next ones of their size, and that for every thread apart. Of shorter ones it keeps some."""
+    m_mmap_threshold, m_arena_max, m_trim_threshold = -3, -8, -1
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
-        for option, value in ((m_mmap_threshold, MIB), (m_arena_max, 1)):
+        for option, value in ((m_mmap_threshold, MIB), (m_arena_max, 1), (m_trim_threshold, 4 * MIB)):
             ctypes.CDLL(None).mallopt(option, value)
+
+
+def stay_on_one_core() -> None:
+    """For the calling thread and all that it starts. One of them at a time has the interpreter's lock: to pass it on to a
+    thread on another core costs more than most of them do with it."""
+    with contextlib.suppress(AttributeError, OSError):      # Linux has this call
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 
 
 def descriptor_limit() -> int:
@@ -4195,6 +4203,10 @@ class Server(http.server.ThreadingHTTPServer):
         if bug is not None and not isinstance(bug, OSError):
             report_bug(bug)
 
+    def serve_forever(self, poll_interval: float = LOOK_SECONDS) -> None:
+        stay_on_one_core()
+        super().serve_forever(poll_interval)
+
     def service_actions(self) -> None:
         """Called after each connection as well, so it looks at the clock."""
         if time.monotonic() >= self._next_sweep:
@@ -4589,7 +4601,7 @@ def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
     state, warnings = prepare(config, run_as)
     server = open_server(state)
     signals.raising = False
-    threading.Thread(target=server.serve_forever, args=(LOOK_SECONDS,), daemon=True).start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def make(config: Config) -> State:
         return make_state(config, server.state.shown_tokens, run_as)
