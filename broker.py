@@ -2869,7 +2869,7 @@ class Wire:
         while data is None:
             wait_for(self, READ, deadline, caller)
             data = self.receive_now()
-        self._is_more_likely = len(data) == RECEIVE_BYTES or self.is_secure
+        self._is_more_likely = self.is_secure or len(data) == RECEIVE_BYTES
         if not data:
             raise EOFError
         self.buffer = self.buffer + data if self.buffer else data
@@ -2899,6 +2899,7 @@ class Wire:
             self.buffer += data or b""
 
     def start_tls(self, context: ssl.SSLContext, host: str, deadline: float, caller: Wire | None) -> None:
+        self._is_more_likely = True
         self.sock = context.wrap_socket(self.sock, server_hostname=host, do_handshake_on_connect=False,
                                         suppress_ragged_eofs=False)
         while True:
