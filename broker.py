@@ -1421,58 +1421,13 @@ class SecretCache:
 # names of its counts in COUNTS and the place of these in ROOT, where they are new, and a row in CLIENT_VARIABLES if its
 # clients take both a base URL and a key from the environment. A key alone would send some clients straight to the provider.
 
-CannedAnswer = tuple[str, list[bytes]]  # Content-Type, and the body in the pieces that a stream would have
-
-
-class DryCall(NamedTuple):
-    """A request of a dry run, and what a canned answer says of it: a template's `$name` is an attribute of it."""
-    method: str
-    path: str                           # as it would go upstream, raw
-    query: str
-    fields: Texts                       # headers, names in lower case
-    body: Json
-    size: int                           # of the body, in bytes
-    checked_model: str | None
-    text: str                           # the answer: what would have been sent where
-    piece: str = ""                     # in one event of a stream: its part of the text
-    at: int = 0                         # and its number
-
-    @property
-    def pieces(self) -> list[str]:
-        """The text as a stream has it: one event would not look like one."""
-        return re.findall(r"(?:\S+\s*){1,6}", self.text)
-
-    @property
-    def length(self) -> int:
-        return len(self.pieces)
-
-    @property
-    def model(self) -> str:
-        return (self.checked_model or "dry-run")[:LOGGED_STRING_LIMIT]
-
-    @property
-    def tokens(self) -> int:
-        return self.size // BYTES_A_TOKEN
-
-    @property
-    def vectors(self) -> list[Json]:
-        """As many as there are inputs; the SDKs ask for base64 of 32-bit floats by default."""
-        given, size = self.body.get("input"), self.body.get("dimensions")
-        count = min(len(given), 2048) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
-        size = size if isinstance(size, int) and 1 <= size <= 4096 else 8
-        vector: Any = [1.0] + [0.0] * (min(size, EMBEDDED_NUMBERS_LIMIT // count) - 1)
-        if self.body.get("encoding_format") == "base64":
-            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-        return [{"object": "embedding", "index": index, "embedding": vector} for index in range(count)]
-
-
 EVENT_STREAM, JSON_LINES = "text/event-stream; charset=utf-8", "application/x-ndjson"
 
 
 class Shape(NamedTuple):
-    """One call of an API. Answers are JSON with `$name` for one of ANSWER_PARTS or an attribute of DryCall."""
+    """One call of an API. Answers are JSON with `$name` for one of ANSWER_PARTS or of canned_answer's values."""
     method: str
-    ends: tuple[str, ...]               # of its path: before them may stand /v1, /openai/deployments/NAME, …
+    end: str                            # of its path: before it may stand /v1, /openai/deployments/NAME, …
     whole: str                          # the answer in one piece, if it has that form
     stream: tuple[str, ...] = ()        # its events; one with `$piece` comes once for each, one with `?` only where asked for
     kind: str = EVENT_STREAM            # of the stream
@@ -1513,18 +1468,18 @@ CONTENT_EXAMPLE = '{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]
 ANTHROPIC_VERSION = "anthropic-version: 2023-06-01"
 SHAPES = (                              # the first that fits counts
     # platform.openai.com/docs/api-reference
-    Shape("POST", ("/chat/completions",), '{"id": "chatcmpl-dryrun", "object": "chat.completion", $openai, "choices": [{'
+    Shape("POST", "/chat/completions", '{"id": "chatcmpl-dryrun", "object": "chat.completion", $openai, "choices": [{'
           '"message": {"role": "assistant", "content": $text, "refusal": null}, $stop}], $usage}', (
               '{$chunk, "choices": [{"delta": {"role": "assistant", "content": ""}, $open}]}',
               '{$chunk, "choices": [{"delta": {"content": $piece}, $open}]}',
               '{$chunk, "choices": [{"delta": {}, $stop}]}',
               '?{$chunk, "choices": [], $usage}',
               '[DONE]'), example=CHAT_EXAMPLE),
-    Shape("POST", ("/completions",), '{$completion, "choices": [{"text": $text, $stop}], $usage}', (
+    Shape("POST", "/completions", '{$completion, "choices": [{"text": $text, $stop}], $usage}', (
               '{$completion, "choices": [{"text": $piece, $open}]}',
               '{$completion, "choices": [{"text": "", $stop}], $usage}',
               '[DONE]'), example=PROMPT_EXAMPLE),
-    Shape("POST", ("/responses",), "$response_whole", (
+    Shape("POST", "/responses", "$response_whole", (
               '{"type": "response.created", "sequence_number": $at, "response": $response_begun}',
               '{"type": "response.in_progress", "sequence_number": $at, "response": $response_begun}',
               '{"type": "response.output_item.added", "sequence_number": $at, "output_index": 0, "item": {"type": "message", '
@@ -1536,18 +1491,18 @@ SHAPES = (                              # the first that fits counts
               '{"type": "response.content_part.done", $place, "part": $part}',
               '{"type": "response.output_item.done", "sequence_number": $at, "output_index": 0, "item": $item}',
               '{"type": "response.completed", "sequence_number": $at, "response": $response_whole}'), example=INPUT_EXAMPLE),
-    Shape("POST", ("/responses/compact",), '{"id": "resp_dryrun", "object": "response.compaction", "created_at": 1767225600, '
+    Shape("POST", "/responses/compact", '{"id": "resp_dryrun", "object": "response.compaction", "created_at": 1767225600, '
           '"output": [{"type": "compaction", "id": "cmp_dryrun", "encrypted_content": $text}], $response_usage}',
           example=INPUT_EXAMPLE),
-    Shape("POST", ("/embeddings",), '{"object": "list", "data": $vectors, "model": $model, "dry_run": $text, '
+    Shape("POST", "/embeddings", '{"object": "list", "data": $vectors, "model": $model, "dry_run": $text, '
           '"usage": {"prompt_tokens": 0, "total_tokens": 0}}', example=INPUT_EXAMPLE),
     # docs.anthropic.com/en/api; its clients always send anthropic-version
-    Shape("GET", ("/models",), '{"data": [{"type": "model", "id": "dry-run", "display_name": $text, "lifecycle": "active", '
+    Shape("GET", "/models", '{"data": [{"type": "model", "id": "dry-run", "display_name": $text, "lifecycle": "active", '
           '"created_at": "2026-01-01T00:00:00Z"}], "has_more": false, "first_id": "dry-run", "last_id": "dry-run"}',
           told_by="anthropic-version"),
-    Shape("GET", ("/models",), '{"object": "list", "data": [{"id": "dry-run", "object": "model", "created": 0, '
+    Shape("GET", "/models", '{"object": "list", "data": [{"id": "dry-run", "object": "model", "created": 0, '
           '"owned_by": $text}]}'),
-    Shape("POST", ("/messages",), '{$message, "content": [{"type": "text", "text": $text}], "stop_reason": "end_turn", '
+    Shape("POST", "/messages", '{$message, "content": [{"type": "text", "text": $text}], "stop_reason": "end_turn", '
           '"usage": {"input_tokens": 0, "output_tokens": $length}}', (
               '{"type": "message_start", "message": {$message, "content": [], "stop_reason": null, '
               '"usage": {"input_tokens": 0, "output_tokens": 0}}}',
@@ -1557,23 +1512,23 @@ SHAPES = (                              # the first that fits counts
               '{"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": null}, '
               '"usage": {"output_tokens": $length}}',
               '{"type": "message_stop"}'), example=CHAT_EXAMPLE[:-1] + ', "max_tokens": 64}', header=ANTHROPIC_VERSION),
-    Shape("POST", ("/messages/count_tokens",), '{"input_tokens": $tokens}', example=CHAT_EXAMPLE, header=ANTHROPIC_VERSION),
+    Shape("POST", "/messages/count_tokens", '{"input_tokens": $tokens}', example=CHAT_EXAMPLE, header=ANTHROPIC_VERSION),
     # ai.google.dev/api/generate-content: a stream is server-sent events with alt=sse, else a JSON list
-    Shape("POST", (":generateContent",), '{"candidates": [{"content": {"role": "model", "parts": [{"text": $text}]}, "index": 0, '
+    Shape("POST", ":generateContent", '{"candidates": [{"content": {"role": "model", "parts": [{"text": $text}]}, "index": 0, '
           '"finishReason": "STOP"}], $gemini}', example=CONTENT_EXAMPLE),
-    Shape("POST", (":streamGenerateContent",), "", (
+    Shape("POST", ":streamGenerateContent", "", (
               '{"candidates": [{"content": {"role": "model", "parts": [{"text": $piece}]}, "index": 0}], $gemini}',
               '{"candidates": [{"content": {"role": "model", "parts": [{"text": ""}]}, "index": 0, "finishReason": "STOP"}], '
               '$gemini}'), JSON_TYPE, CONTENT_EXAMPLE),
     # docs.ollama.com/api: a stream is the default
-    Shape("POST", ("/api/chat",), '{$ollama, "message": {"role": "assistant", "content": $text}, $ollama_end}', (
+    Shape("POST", "/api/chat", '{$ollama, "message": {"role": "assistant", "content": $text}, $ollama_end}', (
               '{$ollama, "message": {"role": "assistant", "content": $piece}, "done": false}',
               '{$ollama, "message": {"role": "assistant", "content": ""}, $ollama_end}'), JSON_LINES, CHAT_EXAMPLE),
-    Shape("POST", ("/api/generate",), '{$ollama, "response": $text, $ollama_end}', (
+    Shape("POST", "/api/generate", '{$ollama, "response": $text, $ollama_end}', (
               '{$ollama, "response": $piece, "done": false}',
               '{$ollama, "response": "", $ollama_end}'), JSON_LINES, PROMPT_EXAMPLE),
     # docs.cohere.com/reference/chat and …/chat-stream
-    Shape("POST", ("/v2/chat",), '{"id": "dryrun", "message": {"role": "assistant", "content": [{"type": "text", '
+    Shape("POST", "/v2/chat", '{"id": "dryrun", "message": {"role": "assistant", "content": [{"type": "text", '
           '"text": $text}]}, $cohere_end}', (
               '{"type": "message-start", "id": "dryrun", "delta": {"message": {"role": "assistant", "content": [], '
               '"tool_plan": "", "tool_calls": [], "citations": []}}}',
@@ -1581,36 +1536,54 @@ SHAPES = (                              # the first that fits counts
               '{"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": $piece}}}}',
               '{"type": "content-end", "index": 0}',
               '{"type": "message-end", "id": "dryrun", "delta": {$cohere_end}}'), example=CHAT_EXAMPLE),
-    Shape("", ("",), '{"object": "dry_run", "message": $text}', example="{}"),
+    Shape("", "", '{"object": "dry_run", "message": $text}', example="{}"),
 )
 
 
 def shape_of(method: str, path: str, fields: Iterable[str] = ()) -> Shape:
     """`fields`: the names of the request's headers."""
-    return next(shape for shape in SHAPES if shape.method in ("", method) and path.endswith(shape.ends)
+    return next(shape for shape in SHAPES if shape.method in ("", method) and path.endswith(shape.end)
                 and (not shape.told_by or shape.told_by in fields))
 
 
-def filled(template: str, call: DryCall) -> str:
+def filled(template: str, values: Json) -> str:
     def value(word: re.Match[str]) -> str:
-        return filled(ANSWER_PARTS[word[1]], call) if word[1] in ANSWER_PARTS else json.dumps(getattr(call, word[1]))
+        return filled(ANSWER_PARTS[word[1]], values) if word[1] in ANSWER_PARTS else json.dumps(values[word[1]])
     return re.sub(r"\$(\w+)", value, template)
 
 
-def canned_answer(call: DryCall) -> CannedAnswer:
-    """What the provider's clients can read, in one piece or as the stream that they ask for."""
-    shape = shape_of(call.method, call.path, call.fields)
-    is_asked_for = call.body.get("stream", shape.kind == JSON_LINES) is True or not shape.whole
+def canned_vectors(body: Json) -> list[Json]:
+    """As many as there are inputs; the SDKs ask for base64 of 32-bit floats by default."""
+    given, size = body.get("input"), body.get("dimensions")
+    count = min(len(given), 2048) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
+    size = size if isinstance(size, int) and 1 <= size <= 4096 else 8
+    vector: Any = [1.0] + [0.0] * (min(size, EMBEDDED_NUMBERS_LIMIT // count) - 1)
+    if body.get("encoding_format") == "base64":
+        vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    return [{"object": "embedding", "index": index, "embedding": vector} for index in range(count)]
+
+
+def canned_answer(
+        head: RequestHead, path: str, body: Json, size: int, model: str | None, text: str) -> tuple[str, list[bytes]]:
+    """(Content-Type, body) that the provider's clients can read, in one piece or as the stream that they ask for.
+
+    `path` is the one upstream, `size` the request's in bytes; `text`, what would have been sent where, is the answer.
+    """
+    shape = shape_of(head.method, path, head.fields)
+    pieces = re.findall(r"(?:\S+\s*){1,6}", text)           # one event would not look like a stream
+    values: Json = {"model": (model or "dry-run")[:LOGGED_STRING_LIMIT], "tokens": size // BYTES_A_TOKEN, "text": text,
+                    "length": len(pieces), "vectors": canned_vectors(body)}
+    is_asked_for = body.get("stream", shape.kind == JSON_LINES) is True or not shape.whole
     if not shape.stream or not is_asked_for:
-        return JSON_TYPE, [filled(shape.whole, call).encode()]
-    options = call.body.get("stream_options")
+        return JSON_TYPE, [filled(shape.whole, values).encode()]
+    options = body.get("stream_options")
     wants_usage = isinstance(options, dict) and options.get("include_usage")
     steps = [(line.lstrip("?"), piece) for line in shape.stream if wants_usage or not line.startswith("?")
-             for piece in (call.pieces if "$piece" in line else [""])]
-    events = [filled(line, call._replace(piece=piece, at=at)) for at, (line, piece) in enumerate(steps)]
+             for piece in (pieces if "$piece" in line else [""])]
+    events = [filled(line, {**values, "piece": piece, "at": at}) for at, (line, piece) in enumerate(steps)]
     if shape.kind == JSON_LINES:
         return JSON_LINES, [f"{event}\n".encode() for event in events]
-    if shape.kind == JSON_TYPE and "alt=sse" not in call.query.replace("$", "").split("&"):
+    if shape.kind == JSON_TYPE and "alt=sse" not in head.query.replace("$", "").split("&"):
         return JSON_TYPE, [f"[{', '.join(events)}]".encode()]
     # An event that has a type is called by it.
     framed = (f"data: {event}\n\n" for event in events)
@@ -3090,8 +3063,7 @@ class DryRun:
         text = (f"DRY RUN: the broker would send {head.method} {config.address.url}{path} with a body of {len(body)} bytes and "
                 f"{config.describe_credential()} attached. No secret was read and nothing was sent.")
         exchange.outcome = "dry_run"
-        call = DryCall(head.method, path, head.query, head.fields, facts.json, len(body), facts.model, text)
-        return CannedReply(*canned_answer(call), head.method == "HEAD")
+        return CannedReply(*canned_answer(head, path, facts.json, len(body), facts.model, text), head.method == "HEAD")
 
     def sweep(self) -> None:
         pass
