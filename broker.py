@@ -1432,7 +1432,7 @@ class Shape(NamedTuple):
     stream: tuple[str, ...] = ()        # its events; one with `$piece` comes once for each, one with `?` only where asked for
     kind: str = EVENT_STREAM            # of the stream
     example: str = ""                   # the body of a first call; `MODEL` is for the user to replace
-    header: str = ""                    # that a first call needs, beside the token's
+    header: str = ""                    # that a first call needs, beside the token's, as curl takes it
     told_by: str = ""                   # the header that tells it from another call of its path
 
 
@@ -1465,7 +1465,7 @@ CHAT_EXAMPLE = '{"model": "MODEL", "messages": [{"role": "user", "content": "hel
 INPUT_EXAMPLE = '{"model": "MODEL", "input": "hello"}'
 PROMPT_EXAMPLE = '{"model": "MODEL", "prompt": "hello"}'
 CONTENT_EXAMPLE = '{"contents": [{"role": "user", "parts": [{"text": "hello"}]}]}'
-ANTHROPIC_VERSION = "anthropic-version: 2023-06-01"
+ANTHROPIC_VERSION = ' -H "anthropic-version: 2023-06-01"'
 SHAPES = (                              # the first that fits counts
     # platform.openai.com/docs/api-reference
     Shape("POST", "/chat/completions", '{"id": "chatcmpl-dryrun", "object": "chat.completion", $openai, "choices": [{'
@@ -1802,14 +1802,14 @@ def tokens_asked(body: Json) -> int:
     return greatest(TOKEN_LIMIT_NAMES, TOKENS_ASKED_UNSAID) * greatest(("n", "candidateCount"), 1)
 
 
-# What clients read a base URL and a key from, and what tells them so: a path that is allowed for POST (`…` for any beginning
+# What clients read a base URL and a key from, and what tells them so: a path that is allowed for POST (`*` for any beginning
 # or end), or the upstream's host. As measured with each provider's own clients; some put /v1 before the path themselves.
 CLIENT_VARIABLES = (
     ("/v1/chat/completions /v1/responses /v1/embeddings /v1/completions",
      "OPENAI_BASE_URL={url}/v1 OPENAI_API_BASE={url}/v1 OPENAI_API_KEY={token}"),
     ("/v1/messages", "ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={token} ANTHROPIC_API_KEY={token}"),
-    ("/openai/deployments/…", "AZURE_OPENAI_ENDPOINT={url} AZURE_OPENAI_API_KEY={token}"),
-    ("…:generateContent /v1/models/NAME:generateContent /v1beta/models/NAME:generateContent",
+    ("/openai/deployments/*", "AZURE_OPENAI_ENDPOINT={url} AZURE_OPENAI_API_KEY={token}"),
+    ("*:generateContent /v1/models/NAME:generateContent /v1beta/models/NAME:generateContent",
      "GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY={token}"),
     ("api.groq.com", "GROQ_BASE_URL={url} GROQ_API_KEY={token}"),
     ("api.together.xyz", "TOGETHER_BASE_URL={url} TOGETHER_API_KEY={token}"),
@@ -1820,22 +1820,19 @@ CLIENT_VARIABLES = (
     ("api.mistral.ai", "MISTRAL_BASE_URL={url}/v1 MISTRAL_API_KEY={token}"),
     ("api.cohere.com", "CO_API_URL={url} CO_API_KEY={token}"),
     ("api.replicate.com", "REPLICATE_BASE_URL={url} REPLICATE_API_TOKEN={token}"),
-    ("127.0.0.1:11434", "OLLAMA_HOST={url} OLLAMA_API_KEY={token}"),
+    ("127.0.0.1:11434 localhost:11434 [::1]:11434", "OLLAMA_HOST={url} OLLAMA_API_KEY={token}"),
 )
 
 
 def path_served(path: str, rule: Rule) -> bool:
-    begin, dots, end = path.partition("…")
-    if dots:
-        return rule.path.startswith(begin) and rule.path.endswith(end)
-    return paths_match(rule.segments, path.split("/"))
+    return glob_matches(path, rule.path, 0) if "*" in path else paths_match(rule.segments, path.split("/"))
 
 
 def client_variables(rules: Iterable[Rule], host: str, url: str, token: str) -> Texts:
     """What points the clients that the rules serve at the broker. `host`: the upstream's, with its port if it has one."""
-    posts, host = [rule for rule in rules if rule.method == "POST"], re.sub(r"^(localhost|\[::1\])(?=:)", "127.0.0.1", host)
-    found = [settings for places, settings in CLIENT_VARIABLES if posts and (
-        host == places or any(path_served(path, rule) for path in places.split() for rule in posts))]
+    posts = [rule for rule in rules if rule.method == "POST"]
+    found = [settings for places, settings in CLIENT_VARIABLES
+             if any(place == host or path_served(place, rule) for place in places.split() for rule in posts)]
     pairs = (setting.partition("=") for setting in " ".join(found).split())
     return {name: value.format(url=url, token=token) for name, _, value in pairs}
 
@@ -1844,13 +1841,11 @@ def curl_line(rules: Iterable[Rule], url: str, token_variable: str | None) -> st
     """A first call, to be pasted into a POSIX shell: of the first rule that takes JSON, if there is one."""
     rule = max(rules, key=lambda rule: rule.method == "POST" and rule.type == JSON_TYPE)
     path = rule.path.replace("*", "NAME")
-    headers = [f"X-Broker-Token: ${token_variable}"] if token_variable else []
-    more = "" if rule.method == "GET" else f" -X {rule.method}"
+    call = f"curl {url}{path}" + (f' -H "X-Broker-Token: ${token_variable}"' if token_variable else "")
     if rule.method == "POST" and rule.type == JSON_TYPE:
         shape = shape_of(rule.method, path)
-        headers += [*filter(None, [shape.header]), "Content-Type: application/json"]
-        more = f" -d '{shape.example}'"
-    return f"curl {url}{path}" + "".join(f' -H "{header}"' for header in headers) + more
+        return f"{call}{shape.header} -H \"Content-Type: {JSON_TYPE}\" -d '{shape.example}'"
+    return call if rule.method == "GET" else f"{call} -X {rule.method}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
