@@ -1590,9 +1590,10 @@ def canned_answer(
     return EVENT_STREAM, [re.sub('^(?=data: {"type": "(.+?)")', r"event: \1\n", event).encode() for event in framed]
 
 
+Place = dict["bytes | None", Any]       # JSON key -> the place below it, or what the number there counts; None is a list's
 # What a count is called -> what it counts. `prompt` includes what came from a cache; `input` does too where `cached` is
 # told beside it (OpenAI's responses), else not (Anthropic, Bedrock). Gemini's thoughts are not among its candidates.
-COUNTS: dict[bytes | None, Any] = {name.encode(): count for count, names in {
+COUNTS: Place = {name.encode(): count for count, names in {
     "prompt": "prompt_tokens promptTokenCount", "input": "input_tokens inputTokens input_token_count",
     "output": "completion_tokens output_tokens outputTokens candidatesTokenCount output_token_count",
     "total": "total_tokens", "tool_prompt": "toolUsePromptTokenCount", "thoughts": "thoughtsTokenCount",
@@ -1600,8 +1601,7 @@ COUNTS: dict[bytes | None, Any] = {name.encode(): count for count, names in {
     "cache_read": "cache_read_input_tokens cacheReadInputTokens",
     "cache_write": "cache_creation_input_tokens cacheWriteInputTokens",
 }.items() for name in names.split()}
-# Attack: a model's text, or a tool call's arguments, that look like `usage`. Only these places count; None is a list's.
-Place = dict["bytes | None", Any]       # key -> the place below it, or what the number there counts
+# Attack: a model's text, or a tool call's arguments, that look like `usage`. Only these places count.
 USAGE: Place = {**COUNTS, b"tokens": COUNTS, b"billed_units": COUNTS, b"prompt_tokens_details": {b"cached_tokens": "cached"},
                 b"input_tokens_details": {b"cached_tokens": "cached"},
                 b"completion_tokens_details": {b"reasoning_tokens": "reasoning"}}
@@ -1611,12 +1611,11 @@ ROOT: Place = {**HOLDER, b"message": HOLDER, b"response": HOLDER, b"x_groq": HOL
                b"error": "error", b"type": "type"}
 TOP_LIST: Place = {None: {**HOLDER, b"error": {b"code": "error"}}}      # Gemini's stream without alt=sse
 
-# Where a line may begin a JSON text; else the line is of no interest, but for an event's name.
-LINE = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r]*(data:[ \t]*)?([{\[])|[^\n]*\n\s*")
+# Where a line may begin a JSON text, or name an event an error; else it is of no interest.
+LINE = re.compile(rb"(?:\xef\xbb\xbf)?(?:[ \t\r]*(data:[ \t]*)?([{\[])|(event: ?error\s*\n)|[^\n]*\n\s*)")
 # A string, its end if it has one, and, if it is a key, a number or word behind it; a bracket; an empty line, or the data's end.
 JSON_TOKEN = re.compile(
     rb'"([^"\\\n]*(?:\\.[^"\\\n]*)*)("[ \t]*)?(?(2)(?::\s*([^\s"{}\[\],:]*))?)|[{}\[\]]|\n\r?(?:\n|\Z)', re.S)
-ERROR_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?event: ?error\s*")
 USAGE_BEGINS = re.compile(rb'usage(?:Metadata)?"\s*:\s*{')
 
 
@@ -1637,28 +1636,25 @@ class UsageReader:
     def __init__(self, content_type: str) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
         self.failed = False
-        # Some send an error as bare JSON between events.
-        self._is_several = any(kind in content_type.lower() for kind in ("ndjson", "stream+json", "event-stream"))
-        self._is_stream = False             # the JSON text that is read now is one of several
+        # It is several JSON texts, or a list of them. Some send an error as bare JSON between events.
+        self._is_stream = any(kind in content_type.lower() for kind in ("ndjson", "stream+json", "event-stream"))
         self._places: list[Place] = []      # the way down to here in it; empty between two of them
         self._below = 0                     # brackets open further down, where nothing counts
         self._key: bytes | None = None      # whose value comes next
         self._pending = b""                 # the beginning of a token; short
 
     def feed(self, data: bytes) -> None:
-        if not self._places and not self._pending and is_plain_event(data):
-            self._is_several = True
-            return
+        if not self._places and not self._pending:
+            if is_plain_event(data):
+                self._is_stream = True
+                return
+            may_be_whole = data.startswith(b"{") and data.rstrip().endswith(b"}") and not self._is_stream
+            if may_be_whole and len(data) <= WHOLE_ANSWER_LIMIT:
+                with contextlib.suppress(ValueError, RecursionError):   # it is not; else the parser is faster
+                    return self._walk(ROOT, json.loads(data))
         data, self._pending, at = self._pending + data, b"", 0
         while at < len(data):
             at = self._read_json(data, at) if self._places else self._read_line(data, at)
-
-    def read_whole(self, data: bytes) -> None:
-        """An answer that is there at once; a JSON object in it is read by the parser, which is faster."""
-        if data.startswith(b"{") and len(data) <= WHOLE_ANSWER_LIMIT and not self._is_several:
-            with contextlib.suppress(ValueError, RecursionError):
-                return self._walk(ROOT, json.loads(data))
-        self.feed(data)
 
     def _walk(self, place: Any, value: Any) -> None:
         """Down a value that was parsed, to the places that count."""
@@ -1670,7 +1666,7 @@ class UsageReader:
             self.counts[place] = max(self.counts[place], value)
 
     def finish(self) -> None:
-        if not self._places:                # of a number that was cut nobody knows the rest
+        if self._pending and not self._places:          # of a number that was cut nobody knows the rest
             self.feed(b"\n")
 
     @property
@@ -1697,11 +1693,9 @@ class UsageReader:
             self._pending = rest if len(rest) <= KEY_LIMIT else b"?"
             return len(data)
         if match[2]:
-            self._is_several |= bool(match[1])
-            self._is_stream = self._is_several or match[2] == b"["
+            self._is_stream |= bool(match[1]) or match[2] == b"["
             self._places, self._below, self._key = [ROOT if match[2] == b"{" else TOP_LIST], 0, None
-        elif ERROR_EVENT.fullmatch(match[0]):
-            self.failed = True
+        self.failed |= match[3] is not None
         return match.end()
 
     def _read_json(self, data: bytes, at: int) -> int:
@@ -1711,7 +1705,7 @@ class UsageReader:
             if match[1] is not None:
                 self._read_string(match, data)
             elif token in b"{[":
-                self._enter(token)
+                self._take_value(token)
             elif token in b"}]":
                 self._leave()
             elif token.count(b"\n") == 1:                       # cut
@@ -1732,13 +1726,18 @@ class UsageReader:
         elif match[3] is None:
             self._take_value(match[0].rstrip())
         else:
-            self._key = None if self._below else match[1]
+            self._key = match[1]
             if match[3]:
                 self._take_value(match[3])
 
     def _take_value(self, value: bytes) -> None:
         """Takes a number or word, a string with its quotes, or the bracket that opens a value."""
-        place = self._places[-1].get(self._key)
+        place, self._key = None if self._below else self._places[-1].get(self._key), None
+        if value in (b"{", b"["):
+            if isinstance(place, dict):
+                self._places.append(place)
+            else:
+                self._below += 1
         if place == "error":
             self.failed |= self._is_stream and value != b"null"
         elif place == "type":
@@ -1746,15 +1745,6 @@ class UsageReader:
         elif isinstance(place, str) and value.isdigit() and len(value) <= COUNT_DIGITS:
             # The larger counts: some providers tell it again at the end, with zeros.
             self.counts[place] = max(self.counts[place], int(value))
-        self._key = None
-
-    def _enter(self, bracket: bytes) -> None:
-        place = None if self._below else self._places[-1].get(self._key)
-        self._take_value(bracket)
-        if isinstance(place, dict):
-            self._places.append(place)
-        else:
-            self._below += 1
 
     def _leave(self) -> None:
         if self._below:
@@ -3923,9 +3913,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = answer.announced_length if answer.has_no_body else len(data) if whole else None
         framing = "Transfer-Encoding: chunked\r\n" if chunked else "" if length is None else f"Content-Length: {length}\r\n"
         start = self.answer_head(exchange, f"{answer.status} {answer.reason}", lines, framing, keep)
-        read = reader.read_whole if whole else reader.feed
         while True:
-            read(data)
+            reader.feed(data)
             exchange.status = answer.status
             exchange.response_bytes += len(data)
             framed = b"%x\r\n%b\r\n" % (len(data), data) if chunked and data else data
