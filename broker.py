@@ -187,34 +187,28 @@ FRAMING_NAMES = ("content-type", "content-encoding", "transfer-encoding")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Errors. Raised by checks, turned into an answer or an exit in one place each.
-#
-#   ConfigError          exit 2: wrong usage, wrong configuration, a bad token
-#   OperationalError     exit 1: port taken, secret not resolvable, log not writable
-#   SecretUnavailable    503, or exit 1 at start; the text is for the operator
-#   RequestError         answered with its code; but once an answer's head has gone out, the caller is cut off
-#   ClientDisconnected   nobody is there to answer
 
 
 class ConfigError(Exception):
-    """The text names the file and the key, what is wrong, and the mend, on one line."""
+    """Exit 2: wrong usage, wrong configuration, a bad token. One line: the file and the key, what is wrong, and the mend."""
 
 
 class OperationalError(Exception):
-    """Something around the broker fails; the text names it and the mend."""
+    """Exit 1: port taken, secret not resolvable, log not writable. The text names it and the mend."""
 
 
 class SecretUnavailable(Exception):
-    """The secret can't be resolved; the text holds nothing token-like."""
+    """503, or exit 1 at start: the secret can't be resolved. The text is for the operator and holds nothing token-like."""
 
 
 class ClientDisconnected(Exception):
-    """The caller has left, or its connection has to end."""
+    """The caller has left, or its connection has to end: nobody is there to answer."""
 
 
 class RequestError(Exception):
-    """A refusal. `message` goes to the caller, and may be all that its user sees; so it names the mend.
+    """A refusal, answered with its code; but once an answer's head has gone out, the caller is cut off.
 
-    `wait` (seconds) becomes Retry-After.
+    `message` may be all that the caller's user sees, so it names the mend. `wait` (seconds) becomes Retry-After.
     """
 
     def __init__(self, code: str, message: str, headers: str = "", wait: int = 0) -> None:
