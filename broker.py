@@ -234,10 +234,10 @@ SHORTEST_HIDDEN = 12                    # a shorter word is no key, but would be
 Encoding = dict[int, str]               # for str.translate
 
 
-def encoding_tables(unsafe: Iterable[Iterable[str]], forms: str, others: Iterable[Encoding] = ({},)) -> list[Encoding]:
-    """A table for each unsafe set, form and other table: unsafe characters become `form % number`, the rest is the other's."""
-    return [{**other, **{ord(character): form % ord(character) for character in characters}}
-            for characters, form, other in itertools.product(unsafe, forms.split(), others)]
+def encoding_tables(unsafe: Iterable[Iterable[str]], forms: str) -> list[Encoding]:
+    """A table for each unsafe set and form: its characters become `form % number`."""
+    return [{ord(character): form % ord(character) for character in characters}
+            for characters in unsafe for form in forms.split()]
 
 
 EVERY_CHARACTER = {chr(code) for code in range(0x21, 0x7f)}      # that a secret may have
@@ -245,18 +245,18 @@ SPECIAL = {character for character in EVERY_CHARACTER if not character.isalnum()
 IN_JSON = {ord('"'): '\\"', ord("\\"): "\\\\"}
 IN_PHP = {**IN_JSON, ord("/"): "\\/"}
 # Go; Python's json_script; PHP; Java's Gson; .NET.
-JSON_ENCODINGS = [{}, IN_JSON, IN_PHP, *encoding_tables(
-    ("<>&", "<>&'", "<>&'\"", "<>&'=", "<>&'+`", "<>&'+`\""), r"\u%04x \u%04X", (IN_JSON, IN_PHP))]
+JSON_ENCODINGS = [{}, IN_JSON, IN_PHP, *({**usual, **table} for usual in (IN_JSON, IN_PHP) for table in encoding_tables(
+    ("<>&", "<>&'", "<>&'\"", "<>&'=", "<>&'+`", "<>&'+`\""), r"\u%04x \u%04X"))]
 # Of all others that work character by character: hex; percent-encoding of every byte, or of what the usual encoders call
 # unsafe; HTML's numeric entities, with names for none, three or four of them (Go; Python, PHP, .NET and template languages).
 UNRESERVED = ("-_.", "-_./", "-_.*", "-_.!*()", "-_.!*'()", "-_.$&+:=@", "-_.$&+,/:;=@", "-_.!*'();,/?:@&=+$#")
-IN_HTML, ENTITIES = ("", "\"'", "\"'+", "\"'+`", "\"'=", "\"'=`", "\"'=`/", "\"'+=`", "\"'+=`/"), "&#%d; &#%03d; &#x%x; &#x%X;"
-NAMED_ENTITIES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
+IN_HTML = ("&<>", "&<>\"'", "&<>\"'+", "&<>\"'+`", "&<>\"'=", "&<>\"'=`", "&<>\"'=`/", "&<>\"'+=`", "&<>\"'+=`/")
+THREE_NAMES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
 OTHER_ENCODINGS = [
     *encoding_tables([EVERY_CHARACTER], "%02x %02X %%%02x %%%02X"),
     *encoding_tables([SPECIAL - {*safe, *tilde} for safe in UNRESERVED for tilde in ("", "~")], "%%%02x %%%02X"),
-    *encoding_tables(["&<>" + more for more in IN_HTML], ENTITIES), *encoding_tables(IN_HTML, ENTITIES, [NAMED_ENTITIES]),
-    *encoding_tables([more.replace('"', "") for more in IN_HTML], ENTITIES, [{**NAMED_ENTITIES, ord('"'): "&quot;"}])]
+    *({**table, **names} for names in ({}, THREE_NAMES, {**THREE_NAMES, ord('"'): "&quot;"})
+      for table in encoding_tables(IN_HTML, "&#%d; &#%03d; &#x%x; &#x%X;"))]
 
 
 class Form(NamedTuple):
@@ -265,17 +265,11 @@ class Form(NamedTuple):
     before: int
 
 
-def written_forms(secret: bytes, encodings: list[Encoding]) -> set[Form]:
-    """The secret as these tables write it."""
-    first = max(0, len(secret) - WINDOW) // 2
-    before, rest = secret[:first].decode("latin-1"), secret[first:].decode("latin-1")
-    pairs = {(before.translate(table), rest.translate(table)) for table in encodings}
+def written_forms(secret: bytes, encodings: list[Encoding] = JSON_ENCODINGS) -> set[Form]:
+    """The secret as these tables write it; if none are given, as a request's body might hold it."""
+    text, first = secret.decode("latin-1"), (len(secret) - WINDOW) // 2
+    pairs = {(text[:first].translate(table), text[first:].translate(table)) for table in encodings}
     return {Form((begin + end).encode("latin-1"), len(begin)) for begin, end in pairs}
-
-
-def json_forms(secret: bytes) -> set[Form]:
-    """The secret itself, as a request's body might hold it."""
-    return written_forms(secret, JSON_ENCODINGS)
 
 
 def secret_forms(secret: bytes) -> set[Form]:
@@ -285,10 +279,9 @@ def secret_forms(secret: bytes) -> set[Form]:
     no neighbour. So b"s3cr3t" is looked for as `s3cr3t`, `733363723374`, `%73%33%63%72%33%74`, and (base64) `czNjcjN0`,
     `MzY3Izd`, `zM2NyM3`.
     """
-    first, forms = max(0, len(secret) - WINDOW) // 2, written_forms(secret, JSON_ENCODINGS + OTHER_ENCODINGS)
+    first, forms = (len(secret) - WINDOW) // 2, written_forms(secret, JSON_ENCODINGS + OTHER_ENCODINGS)
     for alignment, shared in enumerate((0, 2, 3)):
-        whole = base64.b64encode(b"\0" * alignment + secret).rstrip(b"=")
-        inner = whole[shared:-1] if (alignment + len(secret)) % 3 else whole[shared:]
+        inner = base64.b64encode(bytes(alignment) + secret)[shared:(alignment + len(secret)) * 8 // 6]
         before = -(-(alignment + first) * 8 // 6) - shared      # the first character that is the window's alone
         forms |= {Form(inner, before), Form(inner.translate(bytes.maketrans(b"+/", b"-_")), before)}
     return forms
@@ -399,7 +392,7 @@ class Hidden:
             if in_answers:
                 secrets = [each for (is_secret, _), values in self._values.items() if is_secret for each in values]
                 self.in_answers = Redactor(secrets, known=self.in_output)
-                self.in_bodies = Redactor(secrets, json_forms, known=self.in_bodies)
+                self.in_bodies = Redactor(secrets, written_forms, known=self.in_bodies)
 
 
 HIDDEN = Hidden()
