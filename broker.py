@@ -228,9 +228,6 @@ class RequestError(Exception):
 # depends on the same WINDOW characters of the secret, and the rest is compared where the window stands, in constant time.
 
 REDACTED, WINDOW = b"[redacted]", 6
-SHORTEST_HIDDEN = 12                    # a shorter word is no key, but would be everywhere
-
-
 Encoding = dict[int, str]               # for str.translate
 
 
@@ -385,14 +382,13 @@ class Hidden:
         """Another secret of an upstream, or token of a client (not hidden in answers)."""
         with self._lock:
             known = self._values.get((in_answers, owner), [])
-            if len(value) < SHORTEST_HIDDEN or value in known[-1:]:
+            if value in known[-1:]:
                 return
             self._values[in_answers, owner] = [*(other for other in known if other != value), value][-1 - self.FORMER:]
+            secrets = [each for (is_secret, _), values in self._values.items() if is_secret for each in values]
             self.in_output = Redactor(itertools.chain(*self._values.values()), known=self.in_output)
-            if in_answers:
-                secrets = [each for (is_secret, _), values in self._values.items() if is_secret for each in values]
-                self.in_answers = Redactor(secrets, known=self.in_output)
-                self.in_bodies = Redactor(secrets, written_forms, known=self.in_bodies)
+            self.in_answers = Redactor(secrets, known=self.in_output)
+            self.in_bodies = Redactor(secrets, written_forms, known=self.in_bodies)
 
 
 HIDDEN = Hidden()
@@ -409,26 +405,23 @@ class PerMinute:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kinds: dict[Any, list[float]] = {}    # [since when, how many, suppressed]
+        self._kinds: dict[Any, tuple[float, int]] = {}      # since when, and how many in that minute
 
     def suppressed(self, kind: Any) -> int | None:
         """Counts one more of its kind. None if that one is to be suppressed, else how many before it were."""
         with self._lock:
             now = time.monotonic()
-            found = self._kinds.setdefault(kind, [now, 0, 0])
-            if now - found[0] >= 60:
-                found[:2] = now, 0
-            found[1] += 1
-            if found[1] > LINES_A_MINUTE:
-                found[2] += 1
-                return None
-            before, found[2] = int(found[2]), 0
-            return before
+            since, count = self._kinds.get(kind, (-math.inf, 0))
+            if now < since + 60:
+                self._kinds[kind] = since, count + 1
+                return 0 if count < LINES_A_MINUTE else None
+            self._kinds[kind] = now, 1
+            return max(0, count - LINES_A_MINUTE)
 
     def rest(self) -> dict[Any, int]:
         """How many of each kind no line has told of."""
         with self._lock:
-            return {kind: int(found[2]) for kind, found in self._kinds.items() if found[2]}
+            return {kind: count - LINES_A_MINUTE for kind, (_, count) in self._kinds.items() if count > LINES_A_MINUTE}
 
 
 class Stderr:
@@ -467,12 +460,10 @@ class Stderr:
 
     def close(self) -> None:
         """What is queued still goes out, if somebody reads it."""
-        with self._lock:
-            writer, self._writer = self._writer, None
-        if writer is not None:
-            with contextlib.suppress(queue.Full):
-                self._lines.put_nowait(None)
-            writer.join(LAST_SECONDS)
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+        if self._writer is not None:
+            self._writer.join(LAST_SECONDS)
 
 
 STDERR = Stderr()
