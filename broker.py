@@ -144,10 +144,9 @@ TOKEN_HEADERS = ("x-broker-token", "authorization", "x-api-key", "api-key", "x-g
 
 
 class Names:
-    """A set of names, lower case, `_` read as `-` (WSGI and CGI servers can't tell the two apart)."""
+    """Names such as `cookie*`, `*-key` and `via`: lower case, `_` read as `-` (WSGI and CGI servers can't tell them apart)."""
 
     def __init__(self, text: str) -> None:
-        """Words such as `cookie*`, `*-key` and `via`."""
         self._exact = frozenset(text.split())
         self._prefixes = tuple(word[:-1] for word in self._exact if word.endswith("*"))
         self._suffixes = tuple(word[1:] for word in self._exact if word.startswith("*"))
@@ -181,8 +180,6 @@ ANSWER_FIXED = ("X-Content-Type-Options: nosniff\r\nCross-Origin-Resource-Policy
                 "Content-Security-Policy: default-src 'none'; sandbox\r\n")
 # Headers that a configuration may not set: the broker does.
 BROKER_HEADERS = Names(f"host content-length content-type content-encoding accept-encoding expect x-broker-* {HOP_BY_HOP}")
-# A framing header in another spelling is read as the real one by some servers.
-FRAMING_NAMES = ("content-type", "content-encoding", "transfer-encoding")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -325,11 +322,9 @@ class Redactor:
                     yield begin, end
 
     def has(self, data: bytes) -> bool:
-        """Whether any form is in the data."""
         return any(True for _ in self._places(data))
 
     def clean(self, data: bytes) -> bytes:
-        """The data with every whole form replaced."""
         pieces, done = [], 0
         for begin, end in sorted(self._places(data), key=lambda place: (place[0], -place[1])):
             if begin >= done:               # the first one counts, the longest of several that begin together
@@ -358,7 +353,6 @@ class RedactedStream:
         self.redactor, self.held = redactor, b""
 
     def feed(self, data: bytes, last: bool) -> bytes:
-        """The next piece in, what may go out now."""
         data = self.redactor.clean(self.held + data)
         keep = 0 if last else self.redactor.open_tail(data)
         self.held = data[len(data) - keep:]
@@ -492,7 +486,7 @@ HEADER_LINE = re.compile(rf"^({TOKEN}):([\t\x20-\x7e\x80-\xff]*)\r\n", re.M)
 # What no head may hold, found before its end has come: a caller that speaks TLS, or ends lines with LF alone, is told
 # at once and not after HEAD_SECONDS.
 HOPELESS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
-IDENTITY_CODINGS = ("identity", "none", "utf-8", "")    # what servers write who mean that there is none
+IDENTITY_CODINGS = {"identity", "none", "utf-8", ""}    # what servers write who mean that there is none
 
 
 class Malformed(Exception):
@@ -525,6 +519,8 @@ class Head:
         for _, name, value in self.lines:
             self.fields[name] = f"{self.fields[name]}, {value}" if name in self.fields else value
         self.length, self.chunked = self._framing()
+        # Not compressed, as far as the head says.
+        self.is_identity = set(comma_separated(self.fields.get("content-encoding", ""))) <= IDENTITY_CODINGS
         self.connection = comma_separated(self.fields.get("connection", ""))
         self.keep_alive = "close" not in self.connection if self.is_http_1_1 else "keep-alive" in self.connection
 
@@ -537,11 +533,6 @@ class Head:
             raise Malformed("its Transfer-Encoding is not exactly `chunked`, once, with HTTP/1.1, without a Content-Length")
         return None if length is None else int(length), coding is not None
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether the body is not compressed, as far as the head says."""
-        return set(comma_separated(self.fields.get("content-encoding", ""))) <= set(IDENTITY_CODINGS)
-
     def end_to_end(self, dropped: Names, own: frozenset[str] = frozenset(), kept: tuple[str, ...] = ()) -> str:
         """The lines that go on: not dropped, nor in `own`, nor named by `Connection`, but for the body's type."""
         hop_by_hop = own | {name.replace("_", "-") for name in self.connection} - {"content-type"}
@@ -550,7 +541,8 @@ class Head:
             plain = lower.replace("_", "-")
             if plain in hop_by_hop or (dropped.has(plain) and not plain.endswith(kept)):
                 continue
-            if plain.replace("-", "").isalnum() and (plain == lower or plain not in FRAMING_NAMES):
+            # `content_type` is read as the real one by some servers.
+            if plain.replace("-", "").isalnum() and lower != "content_type":
                 lines.append(f"{name}: {value}\r\n")
         return "".join(lines)
 
@@ -574,12 +566,9 @@ def decoded_path(path: str) -> str:
     for code in re.findall("%(..)", path):
         if re.match(r"[A-Za-z0-9\-._~/\\%?#;\x00-\x1f\x7f]", chr(int(code, 16))):
             raise Malformed(f"its path has %{code}, which must stand there plainly or not at all")
-    try:
-        decoded = urllib.parse.unquote(path, errors="strict")
-    except UnicodeDecodeError:
-        raise Malformed("its path is not UTF-8") from None
-    if re.search("[\x80-\x9f]", decoded):
-        raise Malformed("its path has a control character")
+    decoded = urllib.parse.unquote(path, errors="surrogateescape")
+    if re.search("[\x80-\x9f\udc80-\udcff]", decoded):
+        raise Malformed("its path is not UTF-8, or has a control character")
     return decoded
 
 
@@ -598,15 +587,10 @@ class RequestHead(Head):
 
 
 class AnswerHead(Head):
-    """An answer's head."""
-
     def __init__(self, raw: bytes) -> None:
         super().__init__(raw, STATUS_LINE)
         self.status, self.reason = int(self.line[2]), self.line[3] or ""
-
-    @property
-    def request_id(self) -> str | None:
-        return self.fields.get("x-request-id") or self.fields.get("request-id")
+        self.request_id = self.fields.get("x-request-id") or self.fields.get("request-id")
 
 
 def asked_for(raw: bytes) -> tuple[str | None, str | None]:
@@ -643,12 +627,11 @@ class Body:
         """(the body's bytes among these, the rest: not yet readable, or behind the body). Raises Malformed."""
         if self.chunked:
             return self._take_chunks(data)
-        if self.left is None:
-            return data, b""
-        piece, rest = data[:self.left], data[self.left:]
-        self.left -= len(piece)
-        self.done = not self.left
-        return piece, rest
+        piece = data[:self.left]
+        if self.left is not None:
+            self.left -= len(piece)
+            self.done = not self.left
+        return piece, data[len(piece):]
 
     def _take_chunks(self, data: bytes) -> tuple[bytes, bytes]:
         pieces, at = [], 0
@@ -661,10 +644,10 @@ class Body:
                 break
             whole, so_far = self._lines[self._next]
             line = whole.match(data, at)
-            if line is None and not so_far.fullmatch(data, at):
-                raise Malformed("its chunked body is broken, or has extensions or trailers")
             if line is None:
-                break
+                if so_far.fullmatch(data, at):
+                    break
+                raise Malformed("its chunked body is broken, or has extensions or trailers")
             at, self.done = line.end(), self._next == 2
             if not self.done:
                 self.left = int(line[1], 16)
