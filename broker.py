@@ -161,7 +161,6 @@ CREDENTIALS = "key token secret auth code authorization *-authorization *api-key
     f"{owner}-{what}" for what in ("key", "token", "secret") for owner in (
         "access", "api", "auth", "client", "id", "oauth", "private", "refresh", "secret", "security", "session", "subscription"))
 CREDENTIAL_PARAMETERS = Names(f"x-* $* {CREDENTIALS}")
-HARMLESS_PARAMETERS = ("$alt",)
 # RFC 9110 section 7.6.1.
 HOP_BY_HOP = "connection keep-alive te trailer trailers transfer-encoding upgrade proxy*"
 PAYERS = "openai-organization openai-project"
@@ -659,7 +658,6 @@ class Body:
 # 5. Rules: which method, path, query and type of body may pass. Pure.
 
 RULE = re.compile(r"(?:([A-Z]+) )?(/[^ ]*)(?: ([a-z0-9.+\-]+/[a-z0-9.+\-]+))?")
-RULE_PATH = re.compile(r"/(?:[A-Za-z0-9._~:@+,=*\-]+(?:/[A-Za-z0-9._~:@+,=*\-]+)*)?")
 QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$'()*+,:@/?=&\[\]]|%[0-9A-Fa-f]{2})*")
 # Stored data, or a bill of its own, beyond a single call of a model.
 WIDE_SEGMENTS = ("files", "batches", "fine_tuning", "uploads", "containers", "vector_stores", "assistants", "threads")
@@ -680,11 +678,8 @@ def glob_matches(pattern: str, text: str, least: int) -> bool:
 
 
 def segment_matches(pattern: str, segment: str) -> bool:
-    """Whether a path's segment matches a rule's.
-
-    `*` is one or more characters, but never the `:` of a pattern that has one: `*:generateContent` does not match
-    `a:b:generateContent`.
-    """
+    """`*` is one or more characters, but never the `:` of a pattern that has one: `*:generateContent` does not match
+    `a:b:generateContent`."""
     return (":" not in pattern or segment.count(":") == pattern.count(":")) and glob_matches(pattern, segment, 1)
 
 
@@ -695,7 +690,7 @@ def paths_match(pattern: list[str], path: list[str]) -> bool:
 def globs_meet(one: str, other: str) -> bool:
     """Whether some text matches both; neither has a `:` unless the other has none."""
     if "*" not in one or "*" not in other:
-        return segment_matches(one, other) if "*" in one else segment_matches(other, one)
+        return segment_matches(one, other) or segment_matches(other, one)
     # Between the beginnings and the ends that they ask for there is room for what both ask for in the middle.
     begins, ends = (one.split("*")[0], other.split("*")[0]), (one.split("*")[-1], other.split("*")[-1])
     return (begins[0].startswith(begins[1]) or begins[1].startswith(begins[0])) and (
@@ -718,17 +713,16 @@ class Rule:
         if match is None:
             raise ValueError('must be "/path", "METHOD /path" or "METHOD /path type/subtype"')
         self.method, self.path, self.type = match[1] or "POST", match[2], match[3] or JSON_TYPE
-        self.prefix, self.segments, self.is_literal = prefix, match[2].split("/"), "*" not in match[2]
-        whole = prefix + self.path
-        self.text = f"{self.method} {whole}" + (f" {self.type}" if self.type != JSON_TYPE else "")
-        if not RULE_PATH.fullmatch(self.path) or len(whole) > PATH_LIMIT or not {".", ".."}.isdisjoint(self.segments):
+        self.whole, self.segments, self.is_literal = prefix + self.path, self.path.split("/"), "*" not in self.path
+        self.text = f"{self.method} {self.whole}" + (f" {self.type}" if self.type != JSON_TYPE else "")
+        if "%" in self.whole or any(fault.search(self.whole.replace("*", "_")) for fault, _ in PATH_FAULTS):
             raise ValueError("no request can match it: a path is made of segments of A-Z a-z 0-9 . _ ~ : @ + , = - and * "
                              "between single slashes, without a query, a % or a slash at the end")
         if any("**" in segment or segment.count("*") > 2 for segment in self.segments):
             raise ValueError("`*` stands for characters inside one segment, at most twice in it and never as `**`: write a "
                              "rule for each depth")
-        if self.method == "CONNECT" or (whole, self.method) == (STATUS_PATH, "GET") or (prefix and self.path == "/") or (
-                whole in HEALTH_PATHS and self.method in ("GET", "HEAD")):
+        if self.method == "CONNECT" or (self.method == "GET" and self.whole == STATUS_PATH) or (
+                self.method in ("GET", "HEAD") and self.whole in HEALTH_PATHS):
             raise ValueError("no request can match it: the broker answers this one itself")
 
     def matches(self, path: str, segments: list[str]) -> bool:
@@ -737,7 +731,7 @@ class Rule:
 
     def meets(self, other: Rule) -> bool:
         """Whether one request could match both, by method and path as a caller writes it."""
-        one, two = (self.prefix + self.path).split("/"), (other.prefix + other.path).split("/")
+        one, two = self.whole.split("/"), other.whole.split("/")
         return self.method == other.method and len(one) == len(two) and all(map(segments_meet, one, two))
 
     @property
@@ -778,7 +772,7 @@ def check_query(query: str) -> None:
     for parameter in query.split("&"):
         name = urllib.parse.unquote_plus(parameter.partition("=")[0]).casefold().replace("_", "-")
         name = "".join(name.partition("[")[0].split())
-        if CREDENTIAL_PARAMETERS.has(name) and name not in HARMLESS_PARAMETERS:
+        if CREDENTIAL_PARAMETERS.has(name) and name != "$alt":      # Google's choice of the answer's form
             mend = " (a client may show its token in the header x-goog-api-key instead)" if name == "key" else ""
             raise RequestError("query_not_allowed", f"the query names a credential ({name[:64]}), which only the broker "
                                f"attaches: leave that parameter out{mend}")
