@@ -665,16 +665,16 @@ WIDE_SEGMENTS = ("files", "batches", "fine_tuning", "uploads", "containers", "ve
 
 def glob_matches(pattern: str, text: str, least: int) -> bool:
     """Whether they match if each `*` stands for so many characters or more; in time linear in the text's length."""
-    first, *others = pattern.split("*")
-    if not others:
+    if "*" not in pattern:
         return pattern == text
+    first, *middle, last = pattern.split("*")
     at = len(first)
-    for part in others[:-1]:
+    for part in middle:
         at = text.find(part, at + least)
         if at < 0:
             return False
         at += len(part)
-    return text.startswith(first) and text.endswith(others[-1]) and len(text) - len(others[-1]) >= at + least
+    return text.startswith(first) and text.endswith(last) and len(text) - len(last) >= at + least
 
 
 def segment_matches(pattern: str, segment: str) -> bool:
@@ -683,18 +683,13 @@ def segment_matches(pattern: str, segment: str) -> bool:
     return (":" not in pattern or segment.count(":") == pattern.count(":")) and glob_matches(pattern, segment, 1)
 
 
-def paths_match(pattern: list[str], path: list[str]) -> bool:
-    return len(pattern) == len(path) and all(map(segment_matches, pattern, path))
-
-
 def globs_meet(one: str, other: str) -> bool:
     """Whether some text matches both; neither has a `:` unless the other has none."""
     if "*" not in one or "*" not in other:
         return segment_matches(one, other) or segment_matches(other, one)
     # Between the beginnings and the ends that they ask for there is room for what both ask for in the middle.
-    begins, ends = (one.split("*")[0], other.split("*")[0]), (one.split("*")[-1], other.split("*")[-1])
-    return (begins[0].startswith(begins[1]) or begins[1].startswith(begins[0])) and (
-        ends[0].endswith(ends[1]) or ends[1].endswith(ends[0]))
+    (begin, *_, end), (start, *_, stop) = one.split("*"), other.split("*")
+    return (begin.startswith(start) or start.startswith(begin)) and (end.endswith(stop) or stop.endswith(end))
 
 
 def segments_meet(one: str, other: str) -> bool:
@@ -727,7 +722,9 @@ class Rule:
 
     def matches(self, path: str, segments: list[str]) -> bool:
         """`segments`: the path's, split once for many rules."""
-        return path == self.path if self.is_literal else paths_match(self.segments, segments)
+        if self.is_literal:
+            return path == self.path
+        return len(segments) == len(self.segments) and all(map(segment_matches, self.segments, segments))
 
     def meets(self, other: Rule) -> bool:
         """Whether one request could match both, by method and path as a caller writes it."""
@@ -1770,7 +1767,7 @@ CLIENT_VARIABLES = (
 
 
 def path_served(path: str, rule: Rule) -> bool:
-    return glob_matches(path, rule.path, 0) if "*" in path else paths_match(rule.segments, path.split("/"))
+    return glob_matches(path, rule.path, 0) if "*" in path else rule.matches(path, path.split("/"))
 
 
 def client_variables(rules: Iterable[Rule], host: str, url: str, token: str) -> Texts:
