@@ -496,11 +496,6 @@ class TooLong(Malformed):
     """A head over its limit."""
 
 
-def comma_separated(value: str) -> list[str]:
-    """The words of a list, lower case."""
-    return [word.strip().lower() for word in value.split(",")]
-
-
 class Head:
     """The whole head of a message, its empty line included. Raises Malformed. Attack: two readings of where it ends."""
 
@@ -518,10 +513,13 @@ class Head:
         for _, name, value in self.lines:
             self.fields[name] = f"{self.fields[name]}, {value}" if name in self.fields else value
         self.length, self.chunked = self._framing()
-        # Not compressed, as far as the head says.
-        self.is_identity = set(comma_separated(self.fields.get("content-encoding", ""))) <= IDENTITY_CODINGS
-        self.connection = comma_separated(self.fields.get("connection", ""))
+        self.is_identity = IDENTITY_CODINGS.issuperset(self.words("content-encoding"))   # as far as it says, not compressed
+        self.connection = self.words("connection")
         self.keep_alive = "close" not in self.connection if self.is_http_1_1 else "keep-alive" in self.connection
+
+    def words(self, name: str) -> list[str]:
+        """Of a field that is a list, lower case."""
+        return [word.strip().lower() for word in self.fields.get(name, "").split(",")]
 
     def _framing(self) -> tuple[int | None, bool]:
         """(the body's length, whether it comes in chunks)."""
@@ -2590,7 +2588,7 @@ def rule_pairs(caller: Caller, upstream: UpstreamConfig, path: str) -> set[tuple
 
 
 def wants_websocket(head: RequestHead) -> bool:
-    return "websocket" in comma_separated(head.fields.get("upgrade", ""))
+    return "websocket" in head.words("upgrade")
 
 
 def find_route(head: RequestHead, caller: Caller) -> Route:
