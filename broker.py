@@ -966,86 +966,68 @@ def command_environment() -> Texts:
     return {**kept, "PATH": command_path()} if command_path() else kept
 
 
-class RunningCommands:
-    """The secret commands under way. One that stands here is not reaped yet, so its number can't be another process's."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()      # a signal's handler may call end_all in a thread that is just doing so
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._ending = False
-
-    @contextlib.contextmanager
-    def started(self, argv: tuple[str, ...], folder: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Runs without a shell and without input, in a session of its own; at the end it is killed if it has not ended."""
-        import subprocess
-        with self._lock:                    # held until it stands in the set: end_all overlooks none
-            if self._ending:
-                raise SecretUnavailable("the broker ends")
-            process = subprocess.Popen(argv, bufsize=0, cwd=folder, env=command_environment(), start_new_session=True,
-                                       stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            self._processes.add(process)
-        try:
-            yield process
-        finally:
-            self._kill(process)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)             # not for ever: one that has become another user's can't be killed
-
-    def has_ended(self, process: subprocess.Popen[bytes]) -> bool:
-        with self._lock:
-            if process in self._processes and process.poll() is not None:
-                self._processes.remove(process)
-            return process not in self._processes
-
-    def _kill(self, process: subprocess.Popen[bytes]) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            if process in self._processes:
-                self._processes.remove(process)
-                if hasattr(os, "killpg"):
-                    os.killpg(process.pid, signal.SIGKILL)
-                else:
-                    process.kill()          # Windows has no process groups of this kind: its children live on
-
-    def has(self, pid: int) -> bool:
-        with self._lock:
-            return any(process.pid == pid for process in self._processes)
-
-    def end_all(self) -> None:
-        """At our own end: kills every one, and none is started any more."""
-        with self._lock:
-            self._ending = True
-            for process in list(self._processes):
-                self._kill(process)
-
-
-RUNNING_COMMANDS = RunningCommands()
 COMMAND_LOOK_SECONDS = 0.02
+ENDING = threading.Event()              # the broker ends: who runs a secret command kills it, none is started any more
+SECRET_COMMANDS, SECRET_COMMANDS_LOCK = set[int](), threading.Lock()     # the numbers of those under way
 
 
-def read_output(process: subprocess.Popen[bytes], seconds: float) -> tuple[bool, bytes, bytes]:
-    """Whether it took too long, and what it wrote to stdout and stderr, each up to one byte over the limit.
+def read_output(process: subprocess.Popen[bytes], seconds: float) -> tuple[int | None, bytes, bytes]:
+    """(its exit code, None if it goes on for too long; what it wrote to stdout; to stderr), each up to one byte over the limit.
 
     It ends with the process, not with its pipes: a vault's program may leave a daemon behind that holds them open. So they
     are looked into from time to time, without waiting: no thread is stuck in a read that nobody ends.
     """
+    deadline, code = time.monotonic() + seconds, None
     if os.name != "posix":
         # Windows knows no such look into a pipe; there threads read, and live as long as whoever holds the pipe.
         import subprocess
-        try:
-            return False, *process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return True, b"", b""
-    deadline, ended, said = time.monotonic() + seconds, False, (bytearray(), bytearray())
+        while time.monotonic() < deadline and not ENDING.is_set():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                both = process.communicate(timeout=COMMAND_LOOK_SECONDS)
+                return process.returncode, *both
+        return None, b"", b""
     with process.stdout as output, process.stderr as errors:       # type: ignore[union-attr]
-        for pipe in (output, errors):
+        said = {output: bytearray(), errors: bytearray()}
+        for pipe in said:
             os.set_blocking(pipe.fileno(), False)
-        while not ended and time.monotonic() < deadline and max(map(len, said)) <= SECRET_OUTPUT_LIMIT:
-            time.sleep(COMMAND_LOOK_SECONDS)
-            ended = RUNNING_COMMANDS.has_ended(process)             # looked at first, so that its last words are not missed
-            for pipe, data in zip((output, errors), said):
+        while code is None and time.monotonic() < deadline and max(map(len, said.values())) <= SECRET_OUTPUT_LIMIT:
+            if ENDING.wait(COMMAND_LOOK_SECONDS):
+                break
+            code = process.poll()       # looked at first, so that its last words are not missed
+            for pipe, data in said.items():
                 while piece := pipe.read(SECRET_OUTPUT_LIMIT + 1 - len(data)):
                     data += piece
-    return not ended and max(map(len, said)) <= SECRET_OUTPUT_LIMIT, bytes(said[0]), bytes(said[1])
+    return code, bytes(said[output]), bytes(said[errors])
+
+
+def run_secret_command(argv: tuple[str, ...], folder: str, seconds: float) -> tuple[int | None, bytes, bytes]:
+    """What `read_output` says of it. It runs without a shell and without input, in a session of its own."""
+    import subprocess
+    with SECRET_COMMANDS_LOCK:          # held until it stands in the set: end_secret_commands overlooks none
+        if ENDING.is_set():
+            raise SecretUnavailable("the broker ends")
+        process = subprocess.Popen(argv, bufsize=0, cwd=folder, env=command_environment(), start_new_session=True,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        SECRET_COMMANDS.add(process.pid)
+    try:
+        return read_output(process, seconds)
+    finally:
+        with contextlib.suppress(OSError):
+            # Only this thread reaps it. Until then its number can't be another process's.
+            if process.poll() is None and hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()              # Windows has no process groups of this kind: its children live on
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)             # not for ever: one that has become another user's can't be killed
+        SECRET_COMMANDS.remove(process.pid)
+
+
+def end_secret_commands() -> None:
+    """At our own end: returns when none runs any more."""
+    with SECRET_COMMANDS_LOCK:
+        ENDING.set()
+    while SECRET_COMMANDS:
+        time.sleep(COMMAND_LOOK_SECONDS)
 
 
 ADDRESS_OR_WORD = re.compile(
@@ -1114,18 +1096,17 @@ class CommandSource(SecretSource):
             raise SecretUnavailable(f"program {program!r} is not found, or may not be executed: install it, or put its absolute "
                                     "path into argv")
         try:
-            with RUNNING_COMMANDS.started(self.argv, self.folder) as process:
-                late, output, errors = read_output(process, self.timeout_seconds)
+            code, output, errors = run_secret_command(self.argv, self.folder, self.timeout_seconds)
         except (OSError, ValueError) as error:
             raise SecretUnavailable(f"{program} can't be run: {getattr(error, 'strerror', None) or error}: check that it is "
                                     "there and may be executed") from None
-        if late:
+        if max(len(output), len(errors)) > SECRET_OUTPUT_LIMIT:
+            problem = f"wrote more than {SECRET_OUTPUT_LIMIT // KIB} KiB"
+        elif code is None:
             problem = (f"gave no answer within {self.timeout_seconds:g} seconds (timeout_seconds): is it waiting for you to "
                        "unlock something?")
-        elif max(len(output), len(errors)) > SECRET_OUTPUT_LIMIT:
-            problem = f"wrote more than {SECRET_OUTPUT_LIMIT // KIB} KiB"
-        elif process.returncode:
-            problem = f"failed with exit code {process.returncode}"
+        elif code:
+            problem = f"failed with exit code {code}"
         else:
             try:
                 return Secret(output.decode("utf-8", "surrogateescape"), "what it gives")
@@ -1318,7 +1299,7 @@ class SecretCache:
             failure = str(error) if isinstance(error, SecretUnavailable) else f"its source fails with {type(error).__name__}"
             with self._lock:
                 self._failure, self._failed_until = failure, time.monotonic() + FAILURE_SECONDS
-                if self._fresh_until > -math.inf:
+                if self._fresh_until > -math.inf and not ENDING.is_set():
                     self._say_failure(failure)
             raise SecretUnavailable(failure) from None
         with self._lock:
@@ -3434,8 +3415,8 @@ def reap_orphans() -> None:
         try:
             # Only looked at: our own children are waited for elsewhere, and soon.
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            with OWN_CHILDREN_LOCK:
-                if found is None or found.si_pid in OWN_CHILDREN or RUNNING_COMMANDS.has(found.si_pid):
+            with OWN_CHILDREN_LOCK, SECRET_COMMANDS_LOCK:
+                if found is None or found.si_pid in OWN_CHILDREN | SECRET_COMMANDS:
                     return
             os.waitpid(found.si_pid, os.WNOHANG)
         except ChildProcessError:
@@ -4444,7 +4425,7 @@ def open_server(state: State) -> Server:
 
 
 def end_at_once(number: int) -> NoReturn:
-    RUNNING_COMMANDS.end_all()
+    end_secret_commands()
     STDERR.close()
     os._exit(128 + number)
 
@@ -4742,7 +4723,7 @@ def main(argv: list[str] | None = None) -> int:
         report_bug(bug)
         return 1
     finally:
-        RUNNING_COMMANDS.end_all()
+        end_secret_commands()
         STDERR.close()
 
 
