@@ -1228,52 +1228,39 @@ def a_secret_source(value: Any) -> SecretSource:
         raise ValueError(f"of kind {kind}: {error}") from None
 
 
-class Run(threading.Thread, Generic[T]):
-    """One call of a function in a thread of its own, for all who wait for its result."""
+class SharedRun(Generic[T]):
+    """A call that may take long, in a thread of its own and once at a time: who asks meanwhile gets the same result."""
 
     value: T
     error: BaseException | None = None
 
     def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(daemon=True)
         self._function = function
-        self.start()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread()           # the last run; this one is none
 
-    def run(self) -> None:
+    def _run(self) -> None:
         try:
-            self.value = self._function()
+            self.value, self.error = self._function(), None
         except BaseException as error:
             self.error = error.with_traceback(None)
 
-    def result(self, while_waiting: Waiting) -> T:
-        while self.is_alive():
-            self.join(LOOK_SECONDS)
-            while_waiting()
-        if self.error is not None:
-            raise copy.copy(self.error)         # one each: a shared one would gather every waiter's traceback
-        return self.value
-
-
-class SharedRun(Generic[T]):
-    """Runs a function that may take long, once at a time: who asks meanwhile gets the same result."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
-        self._lock = threading.Lock()
-        self._run: Run[T] | None = None
-
-    def under_way(self) -> Run[T] | None:
-        run = self._run
-        return run if run is not None and run.is_alive() else None
-
-    def start(self) -> Run[T]:
-        """The run under way, or else a new one."""
+    def start(self) -> None:
+        """Unless one is under way."""
         with self._lock:
-            self._run = self.under_way() or Run(self._function)
-            return self._run
+            if not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
 
     def result(self, while_waiting: Waiting) -> T:
-        return self.start().result(while_waiting)
+        """Of the run under way, or else of the last one. It goes on, also if `while_waiting` raises."""
+        thread = self._thread
+        while thread.is_alive():
+            thread.join(LOOK_SECONDS)
+            while_waiting()
+        if (error := self.error) is not None:
+            raise copy.copy(error)          # one each: a shared one would gather every waiter's traceback
+        return self.value
 
 
 class SecretCache:
@@ -1284,10 +1271,9 @@ class SecretCache:
 
     def __init__(self, source: SecretSource, learn: Callable[[Secret], None], say_failure: Callable[[str], None]) -> None:
         self.source, self._learn, self._say_failure = source, learn, say_failure
-        self._shared = SharedRun(self._resolve)
+        self._asking = SharedRun(self._resolve)
         self._lock = threading.Lock()           # of what follows; held while a run starts, never while it runs
         self._secret: Secret | None = None
-        self._failure = ""
         self._fresh_until = self._failed_until = self._renewed_at = -math.inf
 
     def _resolve(self) -> Secret | None:
@@ -1297,10 +1283,9 @@ class SecretCache:
                 self._learn(secret)
         except Exception as error:
             failure = str(error) if isinstance(error, SecretUnavailable) else f"its source fails with {type(error).__name__}"
-            with self._lock:
-                self._failure, self._failed_until = failure, time.monotonic() + FAILURE_SECONDS
-                if self._fresh_until > -math.inf and not ENDING.is_set():
-                    self._say_failure(failure)
+            self._failed_until = time.monotonic() + FAILURE_SECONDS
+            if self._secret is not None and not ENDING.is_set():
+                self._say_failure(failure)
             raise SecretUnavailable(failure) from None
         with self._lock:
             self._secret, self._fresh_until = secret, time.monotonic() + self.source.cache_seconds
@@ -1313,10 +1298,16 @@ class SecretCache:
             now = time.monotonic()
             if now < self._fresh_until:
                 return self._secret
-            if now < self._failed_until:
-                raise SecretUnavailable(self._failure)
-            run = self._shared.start()
-        return run.result(while_waiting)
+            if now >= self._failed_until:
+                self._asking.start()
+        return self._asking.result(while_waiting)
+
+    def resolve_now(self) -> None:
+        """At the start and for SIGHUP, which makes a new cache. Raises SecretUnavailable."""
+        if isinstance(self.source, PromptSource):
+            self._resolve()                     # in this thread: Ctrl-C has to reach the one that has turned the echo off
+        else:
+            self.get(lambda: None)
 
     def learn_again(self) -> None:
         if self._secret is not None:
@@ -1325,23 +1316,13 @@ class SecretCache:
     def renew(self, used: Secret | None, while_waiting: Waiting) -> Secret | None:
         """For a secret that the upstream rejected: another one if there is one by now, else the same."""
         with self._lock:
-            if not same_secret(self._secret, used):
-                return self._secret
-            run, now = self._shared.under_way(), time.monotonic()
-            if run is None and now >= self._renewed_at + RENEWAL_SECONDS:
-                self._renewed_at, run = now, self._shared.start()
+            now = time.monotonic()
+            if same_secret(self._secret, used) and now >= self._renewed_at + RENEWAL_SECONDS:
+                self._renewed_at = now
+                self._asking.start()
         with contextlib.suppress(SecretUnavailable):        # it has been said; the old one stays
-            return run.result(while_waiting) if run is not None else used
-        return used
-
-    def resolve_now(self, while_waiting: Waiting) -> Secret | None:
-        """At the start and for SIGHUP: asks anew, whatever is remembered. Raises SecretUnavailable."""
-        if isinstance(self.source, PromptSource):
-            return self._resolve()              # in this thread: Ctrl-C has to reach the one that has turned the echo off
-        if (run := self._shared.under_way()) is not None:
-            with contextlib.suppress(SecretUnavailable):    # it may have begun before the key was changed
-                run.result(while_waiting)
-        return self._shared.start().result(while_waiting)
+            self._asking.result(while_waiting)
+        return self._secret
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3263,6 +3244,7 @@ class Upstream:
         try:
             if ":" in host or host.replace(".", "").isdigit():
                 return self._look_up(socket.AI_NUMERICHOST)
+            self._addresses.start()
             return self._addresses.result(watching(caller))
         except (OSError, UnicodeError):
             raise RequestError("upstream_unreachable", f"the name {host} can't be resolved: is the network up?") from None
@@ -3332,7 +3314,7 @@ class State(NamedTuple):
         for upstream in self.upstreams.values():
             if isinstance(upstream, Upstream):
                 try:
-                    upstream.secrets.resolve_now(watching(None))
+                    upstream.secrets.resolve_now()
                 except SecretUnavailable as error:
                     key = self.config.upstream_key(upstream.config.name, "secret_source")
                     raise SecretUnavailable(f'"{key}": the secret is not available: {error}') from None

@@ -1038,7 +1038,7 @@ GUARDS = (
           "DryRun(upstream) if config.dry_run else ", "",
           "test_dry_run.NothingRead.test_and_nothing_run_or_sent", reaches_the_upstream_in_a_dry_run),
     Guard("locked_vault", "An agent that asks again and again has the vault ask its user as often.",
-          "if now < self._failed_until:", "if False:",
+          "if now >= self._failed_until:", "if True:",
           "test_secrets.SecretThatCannotBeHad.test_is_asked_for_once_however_often_an_agent_tries",
           asks_a_locked_vault_again_and_again, codes="secret_unavailable"),
     Guard("relative_path_of_a_command",
