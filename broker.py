@@ -889,6 +889,9 @@ class Secret:
     def reveal(self) -> str:
         return self._value
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and hmac.compare_digest(self._value, other._value)
+
     def __repr__(self) -> str:
         return "[redacted]"
 
@@ -896,12 +899,6 @@ class Secret:
 def digest(text: str) -> bytes:
     """For comparisons in constant time: of equal length, whatever is compared."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-
-
-def same_secret(one: Secret | None, other: Secret | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return hmac.compare_digest(digest(one.reveal()), digest(other.reveal()))
 
 
 class SecretSource:
@@ -1317,7 +1314,7 @@ class SecretCache:
         """For a secret that the upstream rejected: another one if there is one by now, else the same."""
         with self._lock:
             now = time.monotonic()
-            if same_secret(self._secret, used) and now >= self._renewed_at + RENEWAL_SECONDS:
+            if self._secret == used and now >= self._renewed_at + RENEWAL_SECONDS:
                 self._renewed_at = now
                 self._asking.start()
         with contextlib.suppress(SecretUnavailable):        # it has been said; the old one stays
@@ -3074,7 +3071,7 @@ class Upstream:
             with contextlib.closing(answer):
                 used, words = secret, self._words(answer, secret)
             secret = self.secrets.renew(used, watching(caller))
-            if exchange.attempt == 2 or same_secret(used, secret):
+            if exchange.attempt == 2 or secret == used:
                 raise self._rejection(words)
             exchange.attempt = 2
         if 300 <= answer.status < 400 and "location" in answer.head.fields:
