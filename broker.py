@@ -72,7 +72,7 @@ import struct
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -907,14 +907,15 @@ class SecretSource:
     kind, words = "none", "no credential"   # `{...}` in the words stands for an option
     variable: str | None = None         # the environment variable that holds the secret
     cache_seconds = math.inf
-    folder = upstream_name = ""         # as `prepare` is told
+    folder: str
+    upstream_name: str
 
     def __init__(self, **options: Any) -> None:
         vars(self).update(options)
 
-    def prepare(self, folder: str, upstream_name: str) -> SecretSource:
-        """Ready to be asked. `folder`: the configuration's, absolute."""
-        return self
+    def prepare(self, folder: str, upstream_name: str) -> None:
+        """Once, before it is asked. `folder`: the configuration's, absolute."""
+        self.folder, self.upstream_name = folder, upstream_name
 
     def resolve(self) -> Secret | None:
         """Asks the source, which may take long. Raises SecretUnavailable."""
@@ -1080,12 +1081,12 @@ class CommandSource(SecretSource):
     argv: tuple[str, ...]
     timeout_seconds: float
 
-    def prepare(self, folder: str, upstream_name: str) -> SecretSource:
+    def prepare(self, folder: str, upstream_name: str) -> None:
         """Looked up once: who can write an `op` into an earlier folder later on changes nothing."""
         import shutil
+        super().prepare(folder, upstream_name)
         program = os.path.join(folder, self.argv[0]) if os.path.dirname(self.argv[0]) else self.argv[0]
-        found = shutil.which(program, path=command_path()) or self.argv[0]
-        return CommandSource(**{**vars(self), "argv": (found, *self.argv[1:]), "folder": folder})
+        self.argv = (shutil.which(program, path=command_path()) or self.argv[0], *self.argv[1:])
 
     def resolve(self) -> Secret:
         program = self.argv[0]
@@ -1124,8 +1125,9 @@ class FileSource(SecretSource):
     kind, words = "file", "file {path}"
     path: str
 
-    def prepare(self, folder: str, upstream_name: str) -> SecretSource:
-        return FileSource(**{**vars(self), "path": os.path.abspath(os.path.join(folder, self.path))})
+    def prepare(self, folder: str, upstream_name: str) -> None:
+        super().prepare(folder, upstream_name)
+        self.path = os.path.abspath(os.path.join(folder, self.path))
 
     def resolve(self) -> Secret:
         try:
@@ -1184,9 +1186,6 @@ class PromptSource(SecretSource):
     """What a person types at the start."""
 
     kind, words = "prompt", "typed at the start"
-
-    def prepare(self, folder: str, upstream_name: str) -> SecretSource:
-        return PromptSource(upstream_name=upstream_name)
 
     def resolve(self) -> Secret:
         if self.upstream_name not in TYPED_SECRETS:
@@ -1261,31 +1260,38 @@ class SharedRun(Generic[T]):
 
 
 class SecretCache:
-    """The current secret of one upstream. `learn` is told each new one, and may raise SecretUnavailable to refuse it.
+    """The current secret of one upstream. `tokens`: the digests of what it must not be, for a caller would hold it."""
 
-    `say_failure` gets the reason for each failure, but for those before the first success: they end the start, which says it.
-    """
-
-    def __init__(self, source: SecretSource, learn: Callable[[Secret], None], say_failure: Callable[[str], None]) -> None:
-        self.source, self._learn, self._say_failure = source, learn, say_failure
+    def __init__(self, source: SecretSource, tokens: Container[bytes | None]) -> None:
+        self._source, self._tokens = source, tokens
         self._asking = SharedRun(self._resolve)
         self._lock = threading.Lock()           # of what follows; held while a run starts, never while it runs
         self._secret: Secret | None = None
         self._fresh_until = self._failed_until = self._renewed_at = -math.inf
 
+    def _learn(self, secret: Secret | None) -> None:
+        """It is hidden from now on, as the newest. Raises SecretUnavailable for one that a caller has."""
+        if secret is not None:
+            if digest(secret.reveal()) in self._tokens:
+                raise SecretUnavailable("it equals a caller token: give the callers tokens of their own, see --new-token")
+            HIDDEN.add(self._source.upstream_name, secret.reveal())
+
+    def learn_again(self) -> None:
+        self._learn(self._secret)
+
     def _resolve(self) -> Secret | None:
         try:
-            secret = self.source.resolve()
-            if secret is not None:
-                self._learn(secret)
+            secret = self._source.resolve()
+            self._learn(secret)
         except Exception as error:
             failure = str(error) if isinstance(error, SecretUnavailable) else f"its source fails with {type(error).__name__}"
             self._failed_until = time.monotonic() + FAILURE_SECONDS
-            if self._secret is not None and not ENDING.is_set():
-                self._say_failure(failure)
+            if self._secret is not None and not ENDING.is_set():    # else it is a start that fails, which says it
+                say(f"broker: the secret of {self._source.upstream_name} is not available: {failure}",
+                    often=f"secret {self._source.upstream_name}")
             raise SecretUnavailable(failure) from None
         with self._lock:
-            self._secret, self._fresh_until = secret, time.monotonic() + self.source.cache_seconds
+            self._secret, self._fresh_until = secret, time.monotonic() + self._source.cache_seconds
             self._failed_until = -math.inf
         return secret
 
@@ -1301,14 +1307,10 @@ class SecretCache:
 
     def resolve_now(self) -> None:
         """At the start and for SIGHUP, which makes a new cache. Raises SecretUnavailable."""
-        if isinstance(self.source, PromptSource):
+        if isinstance(self._source, PromptSource):
             self._resolve()                     # in this thread: Ctrl-C has to reach the one that has turned the echo off
         else:
             self.get(lambda: None)
-
-    def learn_again(self) -> None:
-        if self._secret is not None:
-            self._learn(self._secret)
 
     def renew(self, used: Secret | None, while_waiting: Waiting) -> Secret | None:
         """For a secret that the upstream rejected: another one if there is one by now, else the same."""
@@ -3491,22 +3493,14 @@ def make_callers(config: Config, known: Texts, run_as: RunAs | None) -> tuple[di
 
 
 def make_upstream(config: Config, upstream: UpstreamConfig, callers: dict[bytes | None, Caller]) -> Upstream:
-    """With its secret's source ready to be asked. Raises ConfigError, and SecretUnavailable."""
-    mend = "give the callers tokens of their own, see --new-token"
-
-    def learn(secret: Secret) -> None:
-        if digest(secret.reveal()) in callers:
-            raise SecretUnavailable(f"it equals a caller token: {mend}")
-        HIDDEN.add(upstream.name, secret.reveal())
+    """With its secret's source ready to be asked. Raises ConfigError."""
     value = take_variable(upstream.source.variable) if upstream.source.variable is not None else None
     equal = callers.get(digest(value.rstrip("\r\n"))) if value is not None else None
     if equal is not None:
         raise ConfigError(f'{config.file}: "{config.token_key(equal.client)}": the caller token equals the secret in '
-                          f"{upstream.source.variable}: {mend}")
-    source = upstream.source.prepare(os.path.dirname(config.file), upstream.name)
-    secrets = SecretCache(source, learn, lambda reason: say(f"broker: the secret of {upstream.name} is not available: {reason}",
-                                                            often=f"secret {upstream.name}"))
-    return Upstream(upstream._replace(source=source), secrets, find_proxy(upstream.address), config.upstream_timeout)
+                          f"{upstream.source.variable}: give the callers tokens of their own, see --new-token")
+    upstream.source.prepare(os.path.dirname(config.file), upstream.name)
+    return Upstream(upstream, SecretCache(upstream.source, callers), find_proxy(upstream.address), config.upstream_timeout)
 
 
 def make_state(config: Config, known: Texts, run_as: RunAs | None) -> State:

@@ -789,7 +789,7 @@ GUARDS = (
           '"O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"', '"O_NONBLOCK", "O_NOCTTY", "O_BINARY"',
           "test_secret_sources.FromWhichFile.test_is_one_that_its_owner_alone_may_read", reads_a_key(linked_key)),
     Guard("secret_as_token", "The caller token is the secret itself, so whoever calls holds the key.",
-          "if digest(secret.reveal()) in callers:", "if False:",
+          "if digest(secret.reveal()) in self._tokens:", "if False:",
           "test_secrets.Reload.test_with_a_secret_that_is_the_new_token_changes_neither", shows_the_secret_as_a_token),
     Guard("memory_of_the_process", "An agent of the same user reads the key in the broker's environment or memory.",
           "prctl(pr_set_dumpable, 0,", "prctl(pr_set_dumpable, 1,",
