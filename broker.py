@@ -959,7 +959,7 @@ def command_path() -> str:
 
 
 def command_environment() -> Texts:
-    kept = {name: value for name, value in os.environ.items() if name not in HIDDEN_VARIABLES.union(TAKEN_VARIABLES, ["PATH"])}
+    kept = {name: value for name, value in os.environ.items() if name not in {*HIDDEN_VARIABLES, "PATH"}}
     # Left out where nothing remains: an empty PATH would be the current folder.
     return {**kept, "PATH": command_path()} if command_path() else kept
 
@@ -1140,14 +1140,11 @@ class FileSource(SecretSource):
 
     def _read(self) -> bytes:
         """Raises OSError, and ValueError with what is wrong with the file."""
-        path, trusted = self.path, is_credential_path(self.path)
-        if trusted:
-            path = os.path.realpath(path)       # Kubernetes and systemd link there from one file to another
-            if not is_credential_path(path):
-                raise ValueError("is a link to somewhere else: name the file itself")
+        real = os.path.realpath(self.path)      # Kubernetes and systemd link from one file of theirs to another
+        trusted = is_credential_path(self.path) and is_credential_path(real)
         # O_NONBLOCK: a FIFO would hold us until somebody writes. What is checked is what was opened, not what has the name.
         flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
-        with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+        with open(real if trusted else self.path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
             status = os.fstat(file.fileno())
             has_modes = os.name == "posix" and not trusted      # Windows has no mode bits that say who may read
             if not stat.S_ISREG(status.st_mode):
@@ -1283,13 +1280,12 @@ class SecretCache:
         try:
             secret = self._source.resolve()
             self._learn(secret)
-        except Exception as error:
-            failure = str(error) if isinstance(error, SecretUnavailable) else f"its source fails with {type(error).__name__}"
+        except SecretUnavailable as failure:
             self._failed_until = time.monotonic() + FAILURE_SECONDS
             if self._secret is not None and not ENDING.is_set():    # else it is a start that fails, which says it
                 say(f"broker: the secret of {self._source.upstream_name} is not available: {failure}",
                     often=f"secret {self._source.upstream_name}")
-            raise SecretUnavailable(failure) from None
+            raise
         with self._lock:
             self._secret, self._fresh_until = secret, time.monotonic() + self._source.cache_seconds
             self._failed_until = -math.inf
