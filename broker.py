@@ -776,8 +776,8 @@ def check_query(query: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Secrets: where the key comes from, who may see it, and how long it is kept.
 #
-# To add a secret source: one class with `resolve` (a Secret, or SecretUnavailable) and `words` (never the secret), and its
-# row in SECRET_SOURCES; validation, --check, caching, sharing, redaction and the error's way out come with it.
+# To add a secret source: one function that asks it (a Secret, or SecretUnavailable), and its row in SECRET_SOURCES;
+# validation, --check, caching, sharing, redaction and the error's way out come with it.
 # A source is asked in a thread of its own, with no lock held: a vault that waits for a person stops nobody who needs it not.
 
 Json = dict[str, Any]
@@ -892,37 +892,49 @@ class Secret:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Secret) and hmac.compare_digest(self._value, other._value)
 
-    def __repr__(self) -> str:
-        return "[redacted]"
-
 
 def digest(text: str) -> bytes:
     """For comparisons in constant time: of equal length, whatever is compared."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
-class SecretSource:
-    """`secret_source`, checked: the arguments of each kind are its options in the configuration. This one is `none`."""
+def command_path() -> str:
+    """PATH as secret commands get it. Attack: an agent writes an `op` into a folder that a relative entry names."""
+    return os.pathsep.join(filter(os.path.isabs, os.environ.get("PATH", os.defpath).split(os.pathsep)))
 
-    kind, words = "none", "no credential"   # `{...}` in the words stands for an option
-    variable: str | None = None         # the environment variable that holds the secret
+
+class SecretSource:
+    """`secret_source`, checked; its options in the configuration are attributes of these names."""
+
+    variable: str | None                # the environment variable that holds the secret
+    argv: tuple[str, ...] = ()
+    path = ""
+    timeout_seconds: float
     cache_seconds = math.inf
-    folder: str
+    folder: str                         # the configuration's, absolute
     upstream_name: str
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, kind: str, words: str, ask: Callable[[SecretSource], Secret | None], options: Json) -> None:
+        self.kind, self._words, self._ask, self.variable = kind, words, ask, options.get("name")
         vars(self).update(options)
 
     def prepare(self, folder: str, upstream_name: str) -> None:
-        """Once, before it is asked. `folder`: the configuration's, absolute."""
+        """Once, before it is asked."""
         self.folder, self.upstream_name = folder, upstream_name
+        if self.path:
+            self.path = os.path.abspath(os.path.join(folder, self.path))
+        if self.argv:
+            # Looked up once: who can write an `op` into an earlier folder later on changes nothing.
+            import shutil
+            program = os.path.join(folder, self.argv[0]) if os.path.dirname(self.argv[0]) else self.argv[0]
+            self.argv = (shutil.which(program, path=command_path()) or self.argv[0], *self.argv[1:])
 
     def resolve(self) -> Secret | None:
         """Asks the source, which may take long. Raises SecretUnavailable."""
-        return None
+        return self._ask(self)
 
     def describe(self) -> str:
-        return self.words.format(**vars(self))
+        return self._words.format(**vars(self))
 
 
 TAKEN_VARIABLES: Texts = {}             # taken out of os.environ, so that no child gets them; kept for a reload
@@ -936,26 +948,13 @@ def take_variable(name: str) -> str | None:
     return TAKEN_VARIABLES.get(name)
 
 
-class EnvironmentSource(SecretSource):
+def ask_environment(source: SecretSource) -> Secret:
     """A variable of the broker's own environment."""
-
-    kind, words = "env", "environment variable {variable}"
-    variable: str
-
-    def __init__(self, name: str) -> None:
-        super().__init__(variable=name)
-
-    def resolve(self) -> Secret:
-        value = take_variable(self.variable)
-        if value is None:
-            raise SecretUnavailable(f"{self.describe()} is not set: export it in the shell that starts the broker, or name "
-                                    "another secret_source")
-        return Secret(value, self.describe())
-
-
-def command_path() -> str:
-    """PATH as secret commands get it. Attack: an agent writes an `op` into a folder that a relative entry names."""
-    return os.pathsep.join(filter(os.path.isabs, os.environ.get("PATH", os.defpath).split(os.pathsep)))
+    value = take_variable(source.variable or "")
+    if value is None:
+        raise SecretUnavailable(f"{source.describe()} is not set: export it in the shell that starts the broker, or name "
+                                "another secret_source")
+    return Secret(value, source.describe())
 
 
 def command_environment() -> Texts:
@@ -1074,43 +1073,30 @@ def first_and_last_words(errors: bytes) -> str:
     return said if len(said) <= 800 else f"{said[:300]} … {said[-500:]}"
 
 
-class CommandSource(SecretSource):
+def ask_command(source: SecretSource) -> Secret:
     """What a program such as `op` or `az` writes."""
-
-    kind, words = "command", "command {argv[0]}"
-    argv: tuple[str, ...]
-    timeout_seconds: float
-
-    def prepare(self, folder: str, upstream_name: str) -> None:
-        """Looked up once: who can write an `op` into an earlier folder later on changes nothing."""
-        import shutil
-        super().prepare(folder, upstream_name)
-        program = os.path.join(folder, self.argv[0]) if os.path.dirname(self.argv[0]) else self.argv[0]
-        self.argv = (shutil.which(program, path=command_path()) or self.argv[0], *self.argv[1:])
-
-    def resolve(self) -> Secret:
-        program = self.argv[0]
-        if not os.path.isabs(program):      # not found; or Windows has looked into the current folder first
-            raise SecretUnavailable(f"program {program!r} is not found, or may not be executed: install it, or put its absolute "
-                                    "path into argv")
+    program = source.argv[0]
+    if not os.path.isabs(program):          # not found; or Windows has looked into the current folder first
+        raise SecretUnavailable(f"program {program!r} is not found, or may not be executed: install it, or put its absolute "
+                                "path into argv")
+    try:
+        code, output, errors = run_secret_command(source.argv, source.folder, source.timeout_seconds)
+    except (OSError, ValueError) as error:
+        raise SecretUnavailable(f"{program} can't be run: {getattr(error, 'strerror', None) or error}: check that it is "
+                                "there and may be executed") from None
+    if max(len(output), len(errors)) > SECRET_OUTPUT_LIMIT:
+        problem = f"wrote more than {SECRET_OUTPUT_LIMIT // KIB} KiB"
+    elif code is None:
+        problem = (f"gave no answer within {source.timeout_seconds:g} seconds (timeout_seconds): is it waiting for you to "
+                   "unlock something?")
+    elif code:
+        problem = f"failed with exit code {code}"
+    else:
         try:
-            code, output, errors = run_secret_command(self.argv, self.folder, self.timeout_seconds)
-        except (OSError, ValueError) as error:
-            raise SecretUnavailable(f"{program} can't be run: {getattr(error, 'strerror', None) or error}: check that it is "
-                                    "there and may be executed") from None
-        if max(len(output), len(errors)) > SECRET_OUTPUT_LIMIT:
-            problem = f"wrote more than {SECRET_OUTPUT_LIMIT // KIB} KiB"
-        elif code is None:
-            problem = (f"gave no answer within {self.timeout_seconds:g} seconds (timeout_seconds): is it waiting for you to "
-                       "unlock something?")
-        elif code:
-            problem = f"failed with exit code {code}"
-        else:
-            try:
-                return Secret(output.decode("utf-8", "surrogateescape"), "what it gives")
-            except SecretUnavailable as error:
-                problem = f"ended with exit code 0, but {error}"
-        raise SecretUnavailable(f"{program} {problem}; on stderr it said: {first_and_last_words(errors)}")
+            return Secret(output.decode("utf-8", "surrogateescape"), "what it gives")
+        except SecretUnavailable as error:
+            problem = f"ended with exit code 0, but {error}"
+    raise SecretUnavailable(f"{program} {problem}; on stderr it said: {first_and_last_words(errors)}")
 
 
 def is_credential_path(path: str) -> bool:
@@ -1119,44 +1105,36 @@ def is_credential_path(path: str) -> bool:
     return any(path.startswith(os.path.join(name, "")) for folder in folders for name in (folder, os.path.realpath(folder)))
 
 
-class FileSource(SecretSource):
+def read_secret_file(path: str) -> bytes:
+    """Raises OSError, and ValueError with what is wrong with the file."""
+    real = os.path.realpath(path)           # Kubernetes and systemd link from one file of theirs to another
+    trusted = is_credential_path(path) and is_credential_path(real)
+    # O_NONBLOCK: a FIFO would hold us until somebody writes. What is checked is what was opened, not what has the name.
+    flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
+    with open(real if trusted else path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+        status = os.fstat(file.fileno())
+        has_modes = os.name == "posix" and not trusted      # Windows has no mode bits that say who may read
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is no regular file: name one")
+        if has_modes and status.st_uid not in (0, os.geteuid()):
+            raise ValueError("belongs to another user: copy it into a file of your own, then chmod 600")
+        if has_modes and status.st_mode & 0o077:
+            raise ValueError(f"is open to others (mode {stat.S_IMODE(status.st_mode):03o}): chmod 600 {path}")
+        data = file.read(SECRET_OUTPUT_LIMIT + 1)
+    if len(data) > SECRET_OUTPUT_LIMIT:
+        raise ValueError(f"is longer than {SECRET_OUTPUT_LIMIT // KIB} KiB: give the key alone")
+    return data
+
+
+def ask_file(source: SecretSource) -> Secret:
     """What a file holds that only its owner may read, or that systemd or a container runtime has put there."""
-
-    kind, words = "file", "file {path}"
-    path: str
-
-    def prepare(self, folder: str, upstream_name: str) -> None:
-        super().prepare(folder, upstream_name)
-        self.path = os.path.abspath(os.path.join(folder, self.path))
-
-    def resolve(self) -> Secret:
-        try:
-            return Secret(self._read().decode("utf-8", "surrogateescape"), self.path)
-        except OSError as error:
-            reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
-            raise SecretUnavailable(f"{self.path} can't be read: {reason}: name a regular file of yours") from None
-        except ValueError as problem:
-            raise SecretUnavailable(f"{self.path} {problem}") from None
-
-    def _read(self) -> bytes:
-        """Raises OSError, and ValueError with what is wrong with the file."""
-        real = os.path.realpath(self.path)      # Kubernetes and systemd link from one file of theirs to another
-        trusted = is_credential_path(self.path) and is_credential_path(real)
-        # O_NONBLOCK: a FIFO would hold us until somebody writes. What is checked is what was opened, not what has the name.
-        flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
-        with open(real if trusted else self.path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
-            status = os.fstat(file.fileno())
-            has_modes = os.name == "posix" and not trusted      # Windows has no mode bits that say who may read
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("is no regular file: name one")
-            if has_modes and status.st_uid not in (0, os.geteuid()):
-                raise ValueError("belongs to another user: copy it into a file of your own, then chmod 600")
-            if has_modes and status.st_mode & 0o077:
-                raise ValueError(f"is open to others (mode {stat.S_IMODE(status.st_mode):03o}): chmod 600 {self.path}")
-            data = file.read(SECRET_OUTPUT_LIMIT + 1)
-        if len(data) > SECRET_OUTPUT_LIMIT:
-            raise ValueError(f"is longer than {SECRET_OUTPUT_LIMIT // KIB} KiB: give the key alone")
-        return data
+    try:
+        return Secret(read_secret_file(source.path).decode("utf-8", "surrogateescape"), source.path)
+    except OSError as error:
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise SecretUnavailable(f"{source.path} can't be read: {reason}: name a regular file of yours") from None
+    except ValueError as problem:
+        raise SecretUnavailable(f"{source.path} {problem}") from None
 
 
 def ask_on_terminal(question: str) -> str:
@@ -1179,16 +1157,12 @@ def ask_on_terminal(question: str) -> str:
 TYPED_SECRETS: dict[str, Secret] = {}   # by the upstream's name: nobody is asked twice, not by a reload either
 
 
-class PromptSource(SecretSource):
-    """What a person types at the start."""
-
-    kind, words = "prompt", "typed at the start"
-
-    def resolve(self) -> Secret:
-        if self.upstream_name not in TYPED_SECRETS:
-            typed = ask_on_terminal(f"broker: the provider's key for {self.upstream_name} (it will not be shown): ")
-            TYPED_SECRETS[self.upstream_name] = Secret(typed, "what was typed")
-        return TYPED_SECRETS[self.upstream_name]
+def ask_person(source: SecretSource) -> Secret:
+    """What somebody types at the start."""
+    if source.upstream_name not in TYPED_SECRETS:
+        typed = ask_on_terminal(f"broker: the provider's key for {source.upstream_name} (it will not be shown): ")
+        TYPED_SECRETS[source.upstream_name] = Secret(typed, "what was typed")
+    return TYPED_SECRETS[source.upstream_name]
 
 
 def an_argv(value: Any) -> Any:
@@ -1201,12 +1175,15 @@ def an_argv(value: Any) -> Any:
 A_PATH = a_text(r"[^\0\ud800-\udfff]+", "the path of a file")
 A_TIMEOUT = a_number(0.1, 86400)
 CACHE_ROW = (3600, a_number(0, 31 * 86400))     # default and check of `cache_seconds`
-SECRET_SOURCES: dict[str, tuple[type[SecretSource], KeyTable]] = {
-    "env": (EnvironmentSource, {"name": (REQUIRED, a_text(VARIABLE, "the name of an environment variable"))}),
-    "command": (CommandSource, {"argv": (REQUIRED, an_argv), "timeout_seconds": (60, A_TIMEOUT), "cache_seconds": CACHE_ROW}),
-    "file": (FileSource, {"path": (REQUIRED, A_PATH), "cache_seconds": CACHE_ROW}),
-    "prompt": (PromptSource, {}),
-    "none": (SecretSource, {}),
+# kind -> (the words for it, in which `{...}` stands for an attribute; who asks; the options)
+SECRET_SOURCES: dict[str, tuple[str, Callable[[SecretSource], Secret | None], KeyTable]] = {
+    "env": ("environment variable {variable}", ask_environment, {
+        "name": (REQUIRED, a_text(VARIABLE, "the name of an environment variable"))}),
+    "command": ("command {argv[0]}", ask_command, {
+        "argv": (REQUIRED, an_argv), "timeout_seconds": (60, A_TIMEOUT), "cache_seconds": CACHE_ROW}),
+    "file": ("file {path}", ask_file, {"path": (REQUIRED, A_PATH), "cache_seconds": CACHE_ROW}),
+    "prompt": ("typed at the start", ask_person, {}),
+    "none": ("no credential", lambda source: None, {}),
 }
 
 
@@ -1214,9 +1191,10 @@ def a_secret_source(value: Any) -> SecretSource:
     kind = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in SECRET_SOURCES:
         raise ValueError(f'must be an object whose "kind" is one of {", ".join(SECRET_SOURCES)}')
-    source, options = SECRET_SOURCES[kind]
+    words, ask, options = SECRET_SOURCES[kind]
     try:
-        return source(**checked_members({key: member for key, member in value.items() if key != "kind"}, options))
+        found = checked_members({key: member for key, member in value.items() if key != "kind"}, options)
+        return SecretSource(kind, words, ask, found)
     except ValueError as error:
         raise ValueError(f"of kind {kind}: {error}") from None
 
@@ -1303,7 +1281,7 @@ class SecretCache:
 
     def resolve_now(self) -> None:
         """At the start and for SIGHUP, which makes a new cache. Raises SecretUnavailable."""
-        if isinstance(self._source, PromptSource):
+        if self._source.kind == "prompt":
             self._resolve()                     # in this thread: Ctrl-C has to reach the one that has turned the echo off
         else:
             self.get(lambda: None)

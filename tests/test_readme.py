@@ -554,7 +554,7 @@ class Tables(BrokerTestCase):
     def test_have_every_secret_source_with_its_options(self):
         table = {words(kind)[0]: options for kind, options, _ in rows("Secret sources", 3)}
         self.assertEqual(list(table), list(broker.SECRET_SOURCES))
-        for kind, (_, options) in broker.SECRET_SOURCES.items():
+        for kind, (*_, options) in broker.SECRET_SOURCES.items():
             with self.subTest(kind):
                 self.assertEqual(words(table[kind]), list(options))
                 for name, (default, _) in options.items():
