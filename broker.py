@@ -1202,19 +1202,18 @@ def a_secret_source(value: Any) -> SecretSource:
 class SharedRun(Generic[T]):
     """A call that may take long, in a thread of its own and once at a time: who asks meanwhile gets the same result."""
 
-    value: T
-    error: BaseException | None = None
-
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
         self._lock = threading.Lock()
         self._thread = threading.Thread()           # the last run; this one is none
+        self._value: T
+        self._error: BaseException | None = None
 
     def _run(self) -> None:
         try:
-            self.value, self.error = self._function(), None
+            self._value, self._error = self._function(), None
         except BaseException as error:
-            self.error = error.with_traceback(None)
+            self._error = error.with_traceback(None)
 
     def start(self) -> None:
         """Unless one is under way."""
@@ -1229,9 +1228,9 @@ class SharedRun(Generic[T]):
         while thread.is_alive():
             thread.join(LOOK_SECONDS)
             while_waiting()
-        if (error := self.error) is not None:
+        if (error := self._error) is not None:
             raise copy.copy(error)          # one each: a shared one would gather every waiter's traceback
-        return self.value
+        return self._value
 
 
 class SecretCache:
