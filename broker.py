@@ -989,7 +989,7 @@ def read_output(process: subprocess.Popen[bytes], seconds: float) -> tuple[int |
             os.set_blocking(pipe.fileno(), False)
         while code is None and time.monotonic() < deadline and max(map(len, said.values())) <= SECRET_OUTPUT_LIMIT:
             if ENDING.wait(COMMAND_LOOK_SECONDS):
-                break
+                raise SecretUnavailable("the broker ends")
             code = process.poll()       # looked at first, so that its last words are not missed
             for pipe, data in said.items():
                 while piece := pipe.read(SECRET_OUTPUT_LIMIT + 1 - len(data)):

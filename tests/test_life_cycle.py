@@ -439,6 +439,8 @@ class Stop(BrokerTestCase):
                     broker.signal(signal.SIGTERM)
                     self.assertEqual(broker.wait(10), 0)
                 eventually(lifeline.has_ended, 5, "the end of the command")
+                # That it ends with us is no failure of its own.
+                self.assertNotIn("not available", broker.stderr_text())
 
     def on_a_terminal(self, **keywords):
         """A broker that a shell in a window started, and the window's end of that terminal."""
