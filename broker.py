@@ -879,7 +879,7 @@ def what_is_wrong(text: str) -> str:
 class Secret:
     """The provider's key. It shows itself only when asked by name, never in a repr, a format or a traceback."""
 
-    def __init__(self, text: str, name: str = "the secret") -> None:
+    def __init__(self, text: str, name: str) -> None:
         """What a source gives, less one line end. Raises SecretUnavailable for what is no key; `name` is what it is called."""
         text = re.sub(r"\r?\n\Z", "", text)
         if problem := what_is_wrong(text):
