@@ -2238,8 +2238,8 @@ class EventLog:
             self._fd, self._is_closed = -1, True
 
 
-def read_events(path: str, day: str = "") -> Iterator[dict[str, Any] | None]:
-    """The events in a log, None for a line that can't be read; with `day` only those of that UTC day. Raises OSError."""
+def read_events(path: str, day: str = "") -> Iterator[Json]:
+    """The events in a log, {} for a line that can't be read; with `day` only those of that UTC day. Raises OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
     with open(path, "rb") as file:
@@ -2249,11 +2249,11 @@ def read_events(path: str, day: str = "") -> Iterator[dict[str, Any] | None]:
             try:
                 text = line.decode()
                 event, end = first_json(text)
-                if text[end:].strip() or not isinstance(event, dict) or event.get("event") not in EVENT_FIELDS:
+                if text[end:].strip() or event["event"] not in EVENT_FIELDS:
                     raise ValueError
-            except (ValueError, TypeError, RecursionError):
-                event = None
-            if event is None or str(event.get("time", "")).startswith(day):
+            except (ValueError, TypeError, KeyError, RecursionError):
+                event = {}
+            if not event or str(event.get("time", "")).startswith(day):
                 yield event
 
 
@@ -2284,30 +2284,25 @@ def tokens_in(usage: Any) -> int:
 def used_today(path: str) -> tuple[dict[str, int], int]:
     """(tokens that each client has used, lines that can't be read), from the log and its rotated files. Raises OSError."""
     used: collections.Counter[str] = collections.Counter()
-    # Requests without their response: whose, and an estimate; None where nothing is charged.
-    pending: dict[str, tuple[str, int | None]] = {}
-    unreadable = 0
-    for file in log_files(path):
-        for event in read_events(file, utc_day()):
-            try:
-                if event is None:
-                    raise ValueError
-                if event["event"] == "request":
-                    asks = event["mode"] == "proxy" and event["method"] in BODY_METHODS
-                    tokens = estimated_tokens(int(event["request_bytes"])) if asks else None
-                    pending[str(event["id"])] = str(event["client"]), tokens
-                    if len(pending) > PENDING_LIMIT:
-                        client, tokens = pending.pop(next(iter(pending)))
-                        used[client] += tokens or 0
-                elif event["event"] == "response":
-                    # Without its request it began before midnight: the day is the response's.
-                    unknown = str(event.get("client")), None if event["outcome"] == "dry_run" else 0
-                    client, tokens = pending.pop(str(event["id"]), unknown)
-                    used[client] += tokens_in(event["usage"]) if tokens is not None else 0
-            except (KeyError, TypeError, ValueError, OverflowError):
-                unreadable += 1
-    for client, tokens in pending.values():
-        used[client] += tokens or 0
+    # A request is charged an estimate until its response tells better: how much, by its id; None where nothing is charged.
+    charged: dict[str, int | None] = {}
+    unreadable, day = 0, utc_day()
+    for event in itertools.chain.from_iterable(read_events(file, day) for file in log_files(path)):
+        try:
+            if event["event"] == "request":
+                asks = event["mode"] == "proxy" and event["method"] in BODY_METHODS
+                estimate = estimated_tokens(int(event["request_bytes"])) if asks else None
+                used[event["client"]] += estimate or 0
+                charged[event["id"]] = estimate
+                if len(charged) > PENDING_LIMIT:
+                    del charged[next(iter(charged))]
+            elif event["event"] == "response":
+                # Without its request it began before midnight: the day is the response's.
+                estimate = charged.pop(event["id"], None if event["outcome"] == "dry_run" else 0)
+                if estimate is not None:
+                    used[event["client"]] += tokens_in(event["usage"]) - estimate
+        except (KeyError, TypeError, ValueError, OverflowError):
+            unreadable += 1
     return used, unreadable
 
 
@@ -4526,7 +4521,7 @@ def report_rows(path: str) -> tuple[list[Json], int]:
     unreadable = 0
     for event in read_events(path):
         try:
-            add_event(rows, pending, event or {})
+            add_event(rows, pending, event)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             unreadable += 1
     for row in rows.values():
