@@ -2139,7 +2139,7 @@ class EventLog:
     def __init__(self, path: str, exclusive: bool) -> None:
         self.path, self.exclusive = path, exclusive
         self._lock = threading.Lock()       # held for a write: two lines must not mix, and a torn one must be known
-        self._fd, self._torn, self._locked, self._is_closed = -1, False, False, False
+        self._fd, self._torn, self._is_closed = -1, False, False
 
     @staticmethod
     def _check_file(found: os.stat_result) -> None:
@@ -2164,38 +2164,35 @@ class EventLog:
             self._open()
 
     def _open(self) -> None:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY"):
-            flags |= getattr(os, name, 0)
+        flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_NOCTTY"))
         try:
-            fd = os.open(self.path, flags, 0o600)
+            fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | flags, 0o600)
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise OSError(errno.ELOOP, "it must be a regular file of its own, and is a link: name the file itself") from None
-            raise
+            reason = "it is a link: name the file itself" if error.errno == errno.ELOOP else error.strerror
+            raise OSError(error.errno, reason) from None
         try:
             self._check_file(os.fstat(fd))
             if hasattr(os, "fchmod"):
                 os.fchmod(fd, 0o600)
             same = self._fd >= 0 and os.path.sameopenfile(fd, self._fd)
-            if self.exclusive and not (same and self._locked):
-                lock_exclusively(self._fd if same else fd)
+            if self.exclusive and not same:
+                lock_exclusively(fd)
             size = os.lseek(fd, 0, os.SEEK_END)
             os.lseek(fd, max(0, size - 1), os.SEEK_SET)
-            torn = os.read(fd, 1) not in (b"", b"\n")       # a crash, or a full disk
+            self._torn = os.read(fd, 1) not in (b"", b"\n")     # a crash, or a full disk
         except OSError:
             os.close(fd)
             raise
         if self._fd >= 0:
             os.close(fd if same else self._fd)      # a lock is the descriptor's that has it
-        self._fd, self._torn, self._locked = self._fd if same else fd, torn, self.exclusive
+        self._fd = self._fd if same else fd
 
     def become_ledger(self) -> None:
         """From now on nobody else may write it."""
         with self._lock:
-            if not self._locked:
+            if not self.exclusive:
                 lock_exclusively(self._fd)
-                self.exclusive = self._locked = True
+                self.exclusive = True
 
     def append(self, event: str, fields: dict[str, Any]) -> None:
         """Writes one line; in what others chose the secret and the tokens are redacted."""
@@ -2207,14 +2204,13 @@ class EventLog:
             if self._is_closed:
                 return                  # the last line stands there already
             # A deleted file is noticed by its link count, without a look at its path.
-            if self._fd < 0 or os.fstat(self._fd).st_nlink == 0:
+            if os.fstat(self._fd).st_nlink == 0:
                 self._open()
             data = b"\n" + data if self._torn else data
             written = os.write(self._fd, data)
+            self._torn = not data[:written].endswith(b"\n")
             if written < len(data):
-                self._torn = data[:written][-1:] not in (b"", b"\n") or (self._torn and not written)
                 raise OSError(errno.ENOSPC, "the disk is full")
-            self._torn = False
 
     def write(self, event: str, fields: dict[str, Any]) -> None:
         """A line that nothing depends on: where it can't be written, stderr says so."""
@@ -2251,17 +2247,16 @@ def read_events(path: str, day: str = "") -> Iterator[Json]:
 
 def log_files(path: str) -> list[str]:
     """The log, and before it the files of ours that were rotated from it: STEM.*.EXT, of today at least."""
-    stem, extension = os.path.splitext(os.path.basename(path))
-    folder, found = os.path.dirname(path), []
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            between = entry.name[len(stem):len(entry.name) - len(extension)]
-            if entry.name.startswith(f"{stem}.") and entry.name.endswith(extension) and len(between) > 1:
-                info = entry.stat(follow_symlinks=False)
-                ours = not hasattr(os, "geteuid") or info.st_uid == os.geteuid()
-                if stat.S_ISREG(info.st_mode) and ours and info.st_mtime >= today() * 86400:
-                    found.append((info.st_mtime, entry.path))
-    return [*(rotated for _, rotated in sorted(found)), *([path] if os.path.exists(path) else [])]
+    import glob
+    stem, extension = map(glob.escape, os.path.splitext(path))
+    found = []
+    for rotated in glob.iglob(f"{stem}.*{extension}"):
+        with contextlib.suppress(OSError):
+            info = os.lstat(rotated)
+            ours = not hasattr(os, "geteuid") or info.st_uid == os.geteuid()
+            if stat.S_ISREG(info.st_mode) and ours and info.st_mtime >= today() * 86400:
+                found.append((info.st_mtime, rotated))
+    return [*(rotated for _, rotated in sorted(found)), *filter(os.path.exists, [path])]
 
 
 def estimated_tokens(size: int) -> int:

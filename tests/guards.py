@@ -1003,7 +1003,7 @@ GUARDS = (
           "self.limits.load({name: used.get(name, 0) for name in new})", "pass",
           "test_limits.LedgerAtTheStart.test_has_what_each_client_used", starts_anew_with_its_budget, codes="budget_exhausted"),
     Guard("one_ledger", "Two brokers give the same budget twice.",
-          "lock_exclusively(self._fd if same else fd)", "pass",
+          "lock_exclusively(fd)", "pass",
           "test_limits.Ledger.test_is_one_brokers_alone", shares_a_budget),
     # ------------------------------------------------------------------------------------------------------------------
     # 8. The event log takes it, or it goes no further
@@ -1016,7 +1016,7 @@ GUARDS = (
           "if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:", "if False:",
           "test_event_log.File.test_is_neither_a_link_nor_a_fifo_nor_somebody_elses", writes_to(os.link)),
     Guard("log_behind_a_link", "The same with a symbolic link.",
-          '"O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY"', '"O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY"',
+          '"O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_NOCTTY"', '"O_NONBLOCK", "O_BINARY", "O_NOCTTY"',
           "test_event_log.File.test_deleted_and_replaced_by_a_link_is_not_written", writes_to(os.symlink)),
     Guard("open_log", "Another user reads who asked for what.",
           "os.fchmod(fd, 0o600)", "pass",
