@@ -16,7 +16,7 @@ THE MAP. A request's way, in the order of `Handler.handle_one_request`:
      5  identify_caller                it shows a caller's token                        401
         STATUS_PATH                    /broker says what that caller may do
      6  find_route, check_query        method, path and query are allowed               403 405 426
-        Limits.enter, Capacity.enter   its caller may ask so often, and there is room  429 503
+        Limits.enter                   its caller may ask so often, and there is room  429 503
      7  check_body_head, read_body     size, encoding and type                          408 413 415 503
         check_body, check_no_secret    strict JSON, and the secret is not in it         400 403 413
         check_model, Limits.reserve    its caller may use, and can pay for, the model   403 429
@@ -2297,10 +2297,15 @@ class ClientUse:
     """What one client has under way and behind it."""
 
     def __init__(self) -> None:
-        self.places = 0.0                   # in its bucket of requests, at `filled`
-        self.filled: float | None = None
-        self.in_flight = 0
-        self.reserved = self.used = 0       # tokens: asked for by requests in flight; used today
+        self.places, self.filled = math.inf, 0.0    # in its bucket of requests, full at first; and at what time
+        self.in_flight = self.reserved = 0          # requests, and the tokens that they asked for
+        self.used: collections.Counter[int] = collections.Counter()     # tokens, by the day's number
+
+    def fill(self, rate: int) -> None:
+        """Its bucket has `rate` places, and gets as many back a minute."""
+        now = time.monotonic()
+        self.places = min(rate, self.places + (now - self.filled) * rate / 60)
+        self.filled = now
 
 
 def too_many(reason: str) -> RequestError:
@@ -2308,38 +2313,25 @@ def too_many(reason: str) -> RequestError:
 
 
 class Limits:
-    """The limits of every client, by its name: they outlive a reload."""
+    """What requests hold of the limits of their client, by its name, and of those for all together; outlives a reload."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._uses: dict[str, ClientUse] = collections.defaultdict(ClientUse)
-        self._day = today()
-
-    def _use(self, name: str) -> ClientUse:
-        if self._day != today():
-            self._day = today()
-            for use in self._uses.values():
-                use.used = 0
-        return self._uses[name]
+        self._in_flight = self._buffered = 0        # all requests, and the bytes of their bodies
 
     def load(self, used: dict[str, int]) -> None:
         """What the log says of today."""
         with self._lock:
             for name, tokens in used.items():
-                self._use(name).used = tokens       # a new day first: it would set them back to nothing later
+                self._uses[name].used[today()] = tokens
 
-    def _fill(self, use: ClientUse, rate: int) -> None:
-        """A bucket of `rate` places, full at first, filled by `rate` a minute."""
-        now = time.monotonic()
-        use.places = min(float(rate), use.places + (now - use.filled) * rate / 60) if use.filled is not None else float(rate)
-        use.filled = now
-
-    def enter(self, client: ClientConfig) -> None:
-        """Takes a place for a request. Raises RequestError; a refusal by the rate costs nothing."""
+    def enter(self, client: ClientConfig, most: int) -> None:
+        """Counts a request in. Raises RequestError; a refusal by the rate costs nothing, a later one its place."""
         with self._lock:
-            use, rate = self._use(client.name), client.requests_per_minute
+            use, rate = self._uses[client.name], client.requests_per_minute
             if rate is not None:
-                self._fill(use, rate)
+                use.fill(rate)
                 if use.places < 1:
                     wait = math.ceil((1 - use.places) * 60 / rate)
                     raise RequestError("rate_limited", f"{client.name} may make {rate} requests a minute (requests_per_minute): "
@@ -2347,68 +2339,53 @@ class Limits:
                 use.places -= 1
             if client.max_concurrent_requests is not None and use.in_flight >= client.max_concurrent_requests:
                 raise too_many(f"{client.name} has {use.in_flight} requests in flight (max_concurrent_requests)")
+            if self._in_flight >= most:
+                raise too_many(f"{self._in_flight} requests are in flight (max_concurrent_requests)")
             use.in_flight += 1
+            self._in_flight += 1
 
-    def leave(self, client: ClientConfig) -> None:
-        with self._lock:
-            self._use(client.name).in_flight -= 1
-
-    def reserve(self, client: ClientConfig, asked: int) -> None:
-        """Sets tokens aside for a request. Raises RequestError where they don't fit into the day's budget."""
-        with self._lock:
-            use, budget = self._use(client.name), client.tokens_per_day
-            if budget is not None and use.used + use.reserved + asked > budget:
-                midnight = 86400 - int(time.time()) % 86400
-                fits_later = use.used + asked <= budget
-                patience = "" if asked > budget else f"wait {'for those in flight' if fits_later else 'until midnight UTC'}, "
-                raise RequestError(
-                    "budget_exhausted", f"{client.name} may use {budget} tokens a day (tokens_per_day): {use.used} are used, "
-                    f"{use.reserved} reserved by requests in flight, and this request asks for {asked}. Ask for fewer "
-                    f"(max_tokens), {patience}or have whoever runs the broker raise it", wait=1 if fits_later else midnight)
-            use.reserved += asked
-
-    def settle(self, client: ClientConfig, asked: int, used: int) -> None:
-        """Gives back what was reserved, and charges what was used."""
-        with self._lock:
-            use = self._use(client.name)
-            use.reserved -= asked
-            use.used += used
-
-    def left(self, client: ClientConfig) -> dict[str, int]:
-        """By the configuration's names."""
-        with self._lock:
-            use = self._use(client.name)
-            if client.requests_per_minute is not None:
-                self._fill(use, client.requests_per_minute)
-            left = {"requests_per_minute": int(use.places),
-                    "max_concurrent_requests": (client.max_concurrent_requests or 0) - use.in_flight,
-                    "tokens_per_day": (client.tokens_per_day or 0) - use.used - use.reserved}
-            return {name: max(0, left[name]) for name in client.limits}
-
-
-class Capacity:
-    """What all requests together may take: how many at once, and room for their bodies."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.in_flight = self._buffered = 0
-
-    def enter(self, limit: int) -> None:
-        with self._lock:
-            if self.in_flight >= limit:
-                raise too_many(f"{self.in_flight} requests are in flight (max_concurrent_requests)")
-            self.in_flight += 1
-
-    def reserve(self, size: int) -> None:
+    def buffer(self, size: int) -> None:
+        """Room for so many bytes more of a request's body. Raises RequestError."""
         with self._lock:
             if self._buffered + size > BUFFERED_LIMIT:
                 raise too_many(f"the bodies of all requests together are over {BUFFERED_LIMIT // MIB} MiB")
             self._buffered += size
 
-    def leave(self, requests: int, size: int) -> None:
+    def reserve(self, client: ClientConfig, asked: int) -> None:
+        """Sets tokens aside for a request. Raises RequestError where they don't fit into the day's budget."""
         with self._lock:
-            self.in_flight -= requests
+            use, budget = self._uses[client.name], client.tokens_per_day
+            used = use.used[today()]
+            if budget is not None and used + use.reserved + asked > budget:
+                midnight = 86400 - int(time.time()) % 86400
+                fits_later = used + asked <= budget
+                patience = "" if asked > budget else f"wait {'for those in flight' if fits_later else 'until midnight UTC'}, "
+                raise RequestError(
+                    "budget_exhausted", f"{client.name} may use {budget} tokens a day (tokens_per_day): {used} are used, "
+                    f"{use.reserved} reserved by requests in flight, and this request asks for {asked}. Ask for fewer "
+                    f"(max_tokens), {patience}or have whoever runs the broker raise it", wait=1 if fits_later else midnight)
+            use.reserved += asked
+
+    def leave(self, client: ClientConfig, size: int, reserved: int, used: int) -> None:
+        """Gives back all that a request holds, and charges the tokens that it used."""
+        with self._lock:
+            use = self._uses[client.name]
+            use.in_flight -= 1
+            use.reserved -= reserved
+            use.used[today()] += used
+            self._in_flight -= 1
             self._buffered -= size
+
+    def left(self, client: ClientConfig) -> dict[str, int]:
+        """By the configuration's names."""
+        with self._lock:
+            use = self._uses[client.name]
+            if client.requests_per_minute is not None:
+                use.fill(client.requests_per_minute)
+            left = {"requests_per_minute": use.places,
+                    "max_concurrent_requests": (client.max_concurrent_requests or 0) - use.in_flight,
+                    "tokens_per_day": (client.tokens_per_day or 0) - use.used[today()] - use.reserved}
+            return {name: max(0, int(left[name])) for name in client.limits}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3501,9 +3478,9 @@ class Exchange:
         self.upstream: UpstreamConfig | None = None
         self.facts = BodyFacts()
         self.unread: Body | None = None         # of the request, what is still to come
-        self.requests = self.buffered = self.request_bytes = 0      # held of the common capacity
-        self.entered = False                    # the client's own limits
-        self.reserved: int | None = None        # tokens
+        self.entered = False                    # it holds a place,
+        self.buffered = self.reserved = 0       # room for so many bytes, and tokens
+        self.request_bytes = 0
         self.secret: str | None = None          # the one that was attached
         self.logged = False                     # the log has the request line, so it gets a response line
         self.status: int | None = None          # of the answer whose head has gone out
@@ -3524,14 +3501,12 @@ class Exchange:
     def take_place(self) -> None:
         """Counts the request in. Raises RequestError."""
         assert self.caller is not None
-        self.server.limits.enter(self.caller.client)
+        self.server.limits.enter(self.caller.client, self.state.config.max_concurrent)
         self.entered = True
-        self.server.capacity.enter(self.state.config.max_concurrent)
-        self.requests = 1
 
     def reserve_room(self, size: int) -> None:
         """Room for so many bytes of a body. Raises RequestError."""
-        self.server.capacity.reserve(size)
+        self.server.limits.buffer(size)
         self.buffered += size
 
     def reserve_tokens(self) -> None:
@@ -3543,17 +3518,14 @@ class Exchange:
 
     def settle(self) -> None:
         """Gives back what it holds: before the answer's last bytes go, so that the caller's next request finds it."""
-        if self.entered and self.caller is not None:
-            self.server.limits.leave(self.caller.client)
-        self.server.capacity.leave(self.requests, self.buffered)
-        self.entered, self.requests, self.buffered = False, 0, 0
         if self.reader is not None:
             reader, self.reader = self.reader, None
             reader.finish()
             self.usage = reader.usage
-        if self.reserved is not None and self.caller is not None:
-            reserved, self.reserved = self.reserved, None
-            self.server.limits.settle(self.caller.client, reserved, self._tokens_used())
+        if self.entered and self.caller is not None:
+            self.entered = False
+            used = self._tokens_used() if self.reserved else 0
+            self.server.limits.leave(self.caller.client, self.buffered, self.reserved, used)
 
     def _tokens_used(self) -> int:
         """What to charge: nothing for a dry run; an estimate where nobody tells, or the end was not seen, is put into `usage`."""
@@ -3951,7 +3923,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, state: State, log: EventLog) -> None:
         """Takes the port; connections wait in its queue until `serve_forever`. Raises OperationalError."""
         self.state, self.log = state, log
-        self.connections, self.limits, self.capacity, self.denials = Connections(), Limits(), Capacity(), PerMinute()
+        self.connections, self.limits, self.denials = Connections(), Limits(), PerMinute()
         self.stopping = self.gave_up = False
         self.counted: set[str] = set()      # the clients with a budget: of the others nobody adds up what they use
         self.shows_requests = False         # a line on stderr for each

@@ -923,7 +923,7 @@ GUARDS = (
           "test_limits.RequestsPerMinute", curl='for i in 1 2 3 4 5 6; do curl -s $URL/v1/models -H "$STUDENT"; done',
           codes="rate_limited"),
     Guard("requests_at_once", "Callers take all threads and connections.",
-          "if self.in_flight >= limit:", "if False:",
+          "if self._in_flight >= most:", "if False:",
           "test_load.TooManyRequests.test_get_a_clean_refusal_and_the_others_their_answer",
           beside_one_in_flight({}, {"max_concurrent_requests": 1}), codes="too_many_requests_in_flight"),
     # ------------------------------------------------------------------------------------------------------------------
@@ -996,7 +996,7 @@ GUARDS = (
           "test_limits.AskedFor", curl="""curl -s $URL/v1/chat/completions -H "$STUDENT" -H "$JSON" -d '{"model":"cheap-1"}'""",
           codes="budget_exhausted"),
     Guard("budget_in_flight", "An agent spends its budget many times at once.",
-          "use.used + use.reserved + asked > budget", "use.used + asked > budget",
+          "used + use.reserved + asked > budget", "used + asked > budget",
           "test_limits.Settled.test_reserves_meanwhile_what_was_asked_for",
           beside_one_in_flight({"max_tokens": 600}, a_client(tokens_per_day=1000)), codes="budget_exhausted"),
     Guard("budget_over_a_restart", "A restart fills the budget again.",
