@@ -2115,8 +2115,8 @@ def loggable(value: str) -> str:
     redactor = HIDDEN.in_output
     text = redactor.text(value[:LOGGED_STRING_LIMIT + redactor.longest])[:LOGGED_STRING_LIMIT]
     # Attack: with a secret that has a backslash, a string that JSON's escapes turn into it.
-    written = encode_json(text)
-    return "[redacted]" if written[1:-1] != text and redactor.has(written.encode()) else text
+    is_plain = text.isprintable() and text.isascii() and "\\" not in text and '"' not in text
+    return "[redacted]" if not is_plain and redactor.has(encode_json(text).encode()) else text
 
 
 def lock_exclusively(fd: int) -> None:
@@ -2138,7 +2138,7 @@ class EventLog:
 
     def __init__(self, path: str, exclusive: bool) -> None:
         self.path, self.exclusive = path, exclusive
-        self._lock = threading.Lock()       # held for a write: two lines must not mix, and a torn one must be known
+        self._lock = threading.RLock()      # held for a write, which may make the file anew: two lines must not mix
         self._fd, self._torn, self._is_closed = -1, False, False
 
     @staticmethod
@@ -2161,31 +2161,28 @@ class EventLog:
     def open(self) -> None:
         """Opens or makes the file anew; the old one stays in use when that fails."""
         with self._lock:
-            self._open()
-
-    def _open(self) -> None:
-        flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_NOCTTY"))
-        try:
-            fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | flags, 0o600)
-        except OSError as error:
-            reason = "it is a link: name the file itself" if error.errno == errno.ELOOP else error.strerror
-            raise OSError(error.errno, reason) from None
-        try:
-            self._check_file(os.fstat(fd))
-            if hasattr(os, "fchmod"):
-                os.fchmod(fd, 0o600)
-            same = self._fd >= 0 and os.path.sameopenfile(fd, self._fd)
-            if self.exclusive and not same:
-                lock_exclusively(fd)
-            size = os.lseek(fd, 0, os.SEEK_END)
-            os.lseek(fd, max(0, size - 1), os.SEEK_SET)
-            self._torn = os.read(fd, 1) not in (b"", b"\n")     # a crash, or a full disk
-        except OSError:
-            os.close(fd)
-            raise
-        if self._fd >= 0:
-            os.close(fd if same else self._fd)      # a lock is the descriptor's that has it
-        self._fd = self._fd if same else fd
+            flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_NOCTTY"))
+            try:
+                fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | flags, 0o600)
+            except OSError as error:
+                reason = "it is a link: name the file itself" if error.errno == errno.ELOOP else error.strerror
+                raise OSError(error.errno, reason) from None
+            try:
+                self._check_file(os.fstat(fd))
+                if hasattr(os, "fchmod"):
+                    os.fchmod(fd, 0o600)
+                same = self._fd >= 0 and os.path.sameopenfile(fd, self._fd)
+                if self.exclusive and not same:
+                    lock_exclusively(fd)
+                size = os.lseek(fd, 0, os.SEEK_END)
+                os.lseek(fd, max(0, size - 1), os.SEEK_SET)
+                self._torn = os.read(fd, 1) not in (b"", b"\n")     # a crash, or a full disk
+            except OSError:
+                os.close(fd)
+                raise
+            if self._fd >= 0:
+                os.close(fd if same else self._fd)      # a lock is the descriptor's that has it
+            self._fd = self._fd if same else fd
 
     def become_ledger(self) -> None:
         """From now on nobody else may write it."""
@@ -2205,11 +2202,10 @@ class EventLog:
                 return                  # the last line stands there already
             # A deleted file is noticed by its link count, without a look at its path.
             if os.fstat(self._fd).st_nlink == 0:
-                self._open()
+                self.open()
             data = b"\n" + data if self._torn else data
-            written = os.write(self._fd, data)
-            self._torn = not data[:written].endswith(b"\n")
-            if written < len(data):
+            self._torn = os.write(self._fd, data) < len(data)
+            if self._torn:
                 raise OSError(errno.ENOSPC, "the disk is full")
 
     def write(self, event: str, fields: dict[str, Any]) -> None:
@@ -2232,7 +2228,7 @@ def read_events(path: str, day: str = "") -> Iterator[Json]:
         raise OSError(errno.EINVAL, "it is not a regular file")
     with open(path, "rb") as file:
         while line := file.readline(LOG_LINE_LIMIT):
-            if day and line.startswith(b'{"time":"') and line[9:19] != day.encode():
+            if line.startswith(b'{"time":"') and not line.startswith(day.encode(), 9):
                 continue
             try:
                 text = line.decode()
@@ -2418,8 +2414,7 @@ class Caller(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Where a request goes: the upstream, the types of body that it may have, its path as the caller should have
-    written it and as the upstream gets it."""
+    """Where a request goes, with which types of body, and its path: as the caller should have written it, and as sent."""
     upstream: UpstreamConfig
     types: frozenset[str]
     path: str
@@ -2468,14 +2463,6 @@ def identify_caller(head: RequestHead, callers: dict[bytes | None, Caller]) -> C
                        "make a new one at each start. It goes into the X-Broker-Token header, or where your SDK puts its API key")
 
 
-def rule_pairs(caller: Caller, upstream: UpstreamConfig, path: str) -> set[tuple[str, str]]:
-    """(method, type of body) that the caller may send to a path behind the upstream's prefix."""
-    pairs = upstream.rules.pairs(path)
-    if pairs and caller.client.rules is not None:
-        pairs &= caller.client.rules.pairs(upstream.prefix + path)
-    return pairs
-
-
 def find_route(head: RequestHead, caller: Caller) -> Route:
     """The one upstream with a rule for the request. Raises RequestError.
 
@@ -2488,7 +2475,9 @@ def find_route(head: RequestHead, caller: Caller) -> Route:
             if not head.path.startswith(upstream.prefix + "/"):
                 continue
             path, decoded = (mend(whole[len(upstream.prefix):]) for whole in (head.path, head.decoded_path))
-            pairs = rule_pairs(caller, upstream, decoded)
+            pairs = upstream.rules.pairs(decoded)
+            if pairs and caller.client.rules is not None:
+                pairs &= caller.client.rules.pairs(upstream.prefix + decoded)
             types = frozenset(kind for method, kind in pairs if method == head.method)
             if types and not wants_websocket:
                 return Route(upstream, types, upstream.prefix + path, path)
