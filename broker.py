@@ -2131,15 +2131,12 @@ def lock_exclusively(fd: int) -> None:
 
 
 class EventLog:
-    """Appends to a file of mode 0600. Every method raises OSError when it can't.
+    """Appends to a file of mode 0600. Every method raises OSError when it can't."""
 
-    `exclusive`: the ledger of budgets, which no other broker may write at the same time.
-    """
-
-    def __init__(self, path: str, exclusive: bool) -> None:
-        self.path, self.exclusive = path, exclusive
+    def __init__(self, path: str) -> None:
+        self.path = path
         self._lock = threading.RLock()      # held for a write, which may make the file anew: two lines must not mix
-        self._fd, self._torn, self._is_closed = -1, False, False
+        self._fd, self._torn, self._is_ledger, self._is_closed = -1, False, False, False
 
     @staticmethod
     def _check_file(found: os.stat_result) -> None:
@@ -2172,7 +2169,7 @@ class EventLog:
                 if hasattr(os, "fchmod"):
                     os.fchmod(fd, 0o600)
                 same = self._fd >= 0 and os.path.sameopenfile(fd, self._fd)
-                if self.exclusive and not same:
+                if self._is_ledger and not same:
                     lock_exclusively(fd)
                 size = os.lseek(fd, 0, os.SEEK_END)
                 os.lseek(fd, max(0, size - 1), os.SEEK_SET)
@@ -2185,11 +2182,11 @@ class EventLog:
             self._fd = self._fd if same else fd
 
     def become_ledger(self) -> None:
-        """From now on nobody else may write it."""
+        """The ledger of budgets: from now on no other broker may write it."""
         with self._lock:
-            if not self.exclusive:
+            if not self._is_ledger:
                 lock_exclusively(self._fd)
-                self.exclusive = True
+                self._is_ledger = True
 
     def append(self, event: str, fields: dict[str, Any]) -> None:
         """Writes one line; in what others chose the secret and the tokens are redacted."""
@@ -3996,6 +3993,7 @@ class Server(http.server.ThreadingHTTPServer):
         """What the log says of today, for each client that had no budget before. Raises OSError."""
         budgets = {client.name for client in config.clients if client.tokens_per_day is not None}
         if new := budgets - self.counted:
+            self.log.become_ledger()
             used, unreadable = used_today(config.event_log)
             self.limits.load({name: used.get(name, 0) for name in new})
             if unreadable:
@@ -4033,8 +4031,6 @@ class Server(http.server.ThreadingHTTPServer):
         state = make(config)
         try:
             state.resolve_secrets()
-            if config.has_budgets:
-                self.log.become_ledger()
             self.load_ledger(config)
         except BaseException:
             state.close()
@@ -4290,7 +4286,7 @@ def prepare(config: Config, run_as: RunAs | None) -> tuple[State, list[str]]:
 def open_server(state: State) -> Server:
     """The port, the log, the ledger and the secrets. Raises OperationalError, and KeyboardInterrupt."""
     config = state.config
-    server = Server(state, EventLog(config.event_log, config.has_budgets))
+    server = Server(state, EventLog(config.event_log))
     try:
         with start_failures(config):
             server.log.open()
@@ -4412,7 +4408,7 @@ def run_check(config: Config) -> int:
     Signals(serves=False)
     state, warnings = prepare(config, None)
     with start_failures(config):
-        EventLog(config.event_log, False).check()
+        EventLog(config.event_log).check()
         if config.has_budgets:
             used_today(config.event_log)    # a start has to read it
         state.resolve_secrets()

@@ -1003,7 +1003,7 @@ GUARDS = (
           "self.limits.load({name: used.get(name, 0) for name in new})", "pass",
           "test_limits.LedgerAtTheStart.test_has_what_each_client_used", starts_anew_with_its_budget, codes="budget_exhausted"),
     Guard("one_ledger", "Two brokers give the same budget twice.",
-          "lock_exclusively(fd)", "pass",
+          "lock_exclusively(self._fd)", "pass",
           "test_limits.Ledger.test_is_one_brokers_alone", shares_a_budget),
     # ------------------------------------------------------------------------------------------------------------------
     # 8. The event log takes it, or it goes no further
