@@ -2398,8 +2398,9 @@ HEAVY_WORK = threading.Lock()
 
 
 class Caller(NamedTuple):
-    """A client as a request meets it: with what it may use."""
+    """A client as a request meets it: with the digest of its token (None: no token needed), and what it may use."""
     client: ClientConfig
+    digest: bytes | None
     upstreams: tuple[UpstreamConfig, ...]
 
     @property
@@ -2449,11 +2450,12 @@ def shown_tokens(head: RequestHead) -> Iterator[str]:
 
 
 def identify_caller(head: RequestHead, callers: dict[bytes | None, Caller]) -> Caller:
-    """Who is asking. `callers` by the digest of their token (None: no token needed): what is looked up tells a guesser
-    nothing of a token, and takes the same time for every one. Raises RequestError."""
+    """Who is asking. `callers` by the digest of their token: what is looked up tells a guesser nothing of a token, and
+    takes the same time for every one. Raises RequestError."""
     if None in callers:
         return callers[None]
-    known = [callers[shown] for shown in {digest(token) for token in shown_tokens(head)} if shown in callers]
+    digests = {digest(token) for token in shown_tokens(head)}
+    known = [callers[shown] for shown in digests if shown in callers and hmac.compare_digest(shown, callers[shown].digest or b"")]
     if len(known) == 1 and (known[0].client.expires is None or datetime.now(timezone.utc) < known[0].client.expires):
         return known[0]
     raise RequestError("client_token_required", "the broker's caller token is missing, or not this broker's: a dry-run and `--` "
@@ -3394,7 +3396,7 @@ def make_callers(config: Config, known: Texts, run_as: RunAs | None) -> tuple[di
         if key in callers:
             raise ConfigError(f'{config.file}: "{config.token_key(callers[key].client)}" and "{config.token_key(client)}" '
                               "hold the same token: give each client one of its own, see --new-token")
-        callers[key] = Caller(client, config.upstreams_of(client))
+        callers[key] = Caller(client, key, config.upstreams_of(client))
     if not callers and run_as is not None:      # a reload found it taken out
         raise ConfigError(f'{config.file}: "clients" has no {run_as.client}: known are '
                           f'{", ".join(client.name for client in config.clients)}')
@@ -4215,7 +4217,7 @@ def describe_client(config: Config, client: ClientConfig, is_shown: bool) -> Ite
     yield "caller token: " + ("none: any program on this machine may use the key" if client.token_env is None else
                               "a random one for each run" if is_shown else f"from environment variable {client.token_env}")
     if client.rules is not None or len(client.upstreams) < len(config.upstreams):
-        for rule in Caller(client, config.upstreams_of(client)).rules:
+        for rule in Caller(client, None, config.upstreams_of(client)).rules:
             yield f"may ask for {rule.text}"
     if client.models is not None:
         yield f"models: {', '.join(client.models)}"
