@@ -2940,10 +2940,9 @@ def find_proxy(address: Address) -> Proxy | None:
 
 
 def is_quiet(wire: Wire) -> bool:
-    """Whether nothing has come on an idle connection, nor its end."""
+    """Whether nothing has come on an idle connection, nor its end. Not asked of a poll: TLS has session tickets to read."""
     try:
-        # TLS looks through its own layer, for session tickets that are still to be read.
-        return wire.receive_now() is None if wire.is_secure else not ready({wire.sock.fileno(): READ}, 0)
+        return wire.receive_now() is None
     except OSError:
         return False
 
@@ -2965,7 +2964,7 @@ class Upstream:
     def __init__(self, config: UpstreamConfig, secrets: SecretCache, proxy: Proxy | None, timeout: float) -> None:
         self.config, self.secrets, self.proxy, self._timeout = config, secrets, proxy, timeout
         self._lock = threading.Lock()       # of the idle connections; held for no I/O that waits
-        self._idle: list[tuple[float, Wire]] = []
+        self._idle: dict[Wire, float] = {}  # since when, the newest last
         self._closed = False
         self._context: ssl.SSLContext | None = None
         self._host, self._port, _ = proxy or (config.address.host.strip("[]"), config.address.port, "")     # to connect to
@@ -3089,33 +3088,30 @@ class Upstream:
         """A kept connection on which nothing has happened since; one that was closed is noticed here."""
         while True:
             with self._lock:
-                if not self._idle:
-                    return None
-                wire = self._idle.pop()[1]
-            if is_quiet(wire):
+                wire = self._idle.popitem()[0] if self._idle else None
+            if wire is None or is_quiet(wire):
                 return wire
             wire.close()
 
     def _keep(self, wire: Wire) -> None:
         with self._lock:
             if not self._closed and len(self._idle) < UPSTREAM_IDLE_CONNECTIONS:
-                return self._idle.append((time.monotonic(), wire))
+                self._idle[wire] = time.monotonic()
+                return
         wire.close()
 
     def sweep(self) -> None:
         """Closes idle connections that are too old, or were closed at the other end."""
         with self._lock:
-            old = [pair for pair in self._idle if pair[0] + IDLE_SECONDS < time.monotonic() or not is_quiet(pair[1])]
-            self._idle = [pair for pair in self._idle if pair not in old]
-        for _, wire in old:
-            wire.close()
+            for wire, since in [*self._idle.items()]:
+                if self._closed or since + IDLE_SECONDS < time.monotonic() or not is_quiet(wire):
+                    del self._idle[wire]
+                    wire.close()
 
     def close(self) -> None:
         """No connection is kept any more."""
-        with self._lock:
-            self._closed, idle, self._idle = True, self._idle, []
-        for _, wire in idle:
-            wire.close()
+        self._closed = True
+        self.sweep()
 
     def connect(self, caller: Wire | None = None) -> Wire:
         """A new connection, TLS and proxy included. Raises RequestError."""
