@@ -2841,18 +2841,18 @@ class CannedReply:
     def __init__(self, kind: str, pieces: list[bytes], is_head: bool) -> None:
         self._kind, self._pieces = kind, [] if is_head else pieces
         self.has_no_body, self.announced_length = is_head, sum(map(len, pieces))
-        self.done = is_head
+
+    @property
+    def done(self) -> bool:
+        return not self._pieces
 
     def end_to_end(self) -> str:
         return f"Content-Type: {self._kind}\r\nDate: {email.utils.formatdate(usegmt=True)}\r\n"
 
-    def ready(self) -> bytes:
-        return self.read() if self._pieces else b""
-
     def read(self) -> bytes:
-        piece = self._pieces.pop(0)
-        self.done = not self._pieces
-        return piece
+        return self._pieces.pop(0) if self._pieces else b""
+
+    ready = read
 
     def close(self) -> None:
         pass
@@ -2871,11 +2871,6 @@ class DryRun:
                 f"{config.describe_credential()} attached. No secret was read and nothing was sent.")
         exchange.outcome = "dry_run"
         return CannedReply(*canned_answer(head, path, facts.json, len(body), facts.model, text), head.method == "HEAD")
-
-    def sweep(self) -> None:
-        pass
-
-    close = sweep
 
 
 class Stale(Exception):
@@ -3215,24 +3210,27 @@ class State(NamedTuple):
     upstreams: dict[str, Upstream | DryRun]
     shown_tokens: dict[str, str]        # a dry run's random ones, by the client's name
 
+    @property
+    def real_upstreams(self) -> list[Upstream]:
+        """None in a dry run."""
+        return [upstream for upstream in self.upstreams.values() if isinstance(upstream, Upstream)]
+
     def resolve_secrets(self) -> None:
         """So that a vault asks now, and not in the middle of the work. Raises SecretUnavailable."""
-        for upstream in self.upstreams.values():
-            if isinstance(upstream, Upstream):
-                try:
-                    upstream.secrets.resolve_now()
-                except SecretUnavailable as error:
-                    key = self.config.upstream_key(upstream.config.name, "secret_source")
-                    raise SecretUnavailable(f'"{key}": the secret is not available: {error}') from None
+        for upstream in self.real_upstreams:
+            try:
+                upstream.secrets.resolve_now()
+            except SecretUnavailable as error:
+                key = self.config.upstream_key(upstream.config.name, "secret_source")
+                raise SecretUnavailable(f'"{key}": the secret is not available: {error}') from None
 
     def stay_hidden(self) -> None:
         """The secrets that are in use count as the newest again: those of a reload that failed must not push them out."""
-        for upstream in self.upstreams.values():
-            if isinstance(upstream, Upstream):
-                upstream.secrets.learn_again()
+        for upstream in self.real_upstreams:
+            upstream.secrets.learn_again()
 
     def close(self) -> None:
-        for upstream in self.upstreams.values():
+        for upstream in self.real_upstreams:
             upstream.close()
 
 
@@ -3974,7 +3972,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Called after each connection as well, so it looks at the clock."""
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + LOOK_SECONDS
-            for upstream in self.state.upstreams.values():
+            for upstream in self.state.real_upstreams:
                 upstream.sweep()
             reap_orphans()
 
@@ -4416,9 +4414,8 @@ def run_check(config: Config) -> int:
                  f"hosts a caller may use: {', '.join(sorted(config.allowed_hosts))}", f"event log: {config.event_log}",
                  *(f"warning: {warning}" for warning in warnings)):
         print(printable(line))
-    for upstream in state.upstreams.values():
-        if isinstance(upstream, Upstream):
-            print(printable(check_upstream(upstream)))
+    for upstream in state.real_upstreams:
+        print(printable(check_upstream(upstream)))
     return 0
 
 
