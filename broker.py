@@ -2782,7 +2782,7 @@ class Answer:
         self._body = Body(0 if self.has_no_body else head.length, head.chunked and not self.has_no_body, strict=False)
         # Attack: a body after an answer that has none: it would be the next caller's answer.
         self._keep, self._is_closed = keep if head.keep_alive and not self.has_no_body else None, False
-        self.announced_length = head.length if self.has_no_body and head.status != 204 else None
+        self.announced_length = None if head.status == 204 else head.length
         self._looked = time.monotonic()
 
     @property
@@ -2812,14 +2812,10 @@ class Answer:
             self._caller.look()
         try:
             self._wire.fill(deadline or now + self._timeout, self._caller)
-        except EOFError:
-            if self._body.chunked or self._body.left is not None:
+        except (EOFError, OSError) as error:    # a reset, silence, or an end without TLS's own are no end of a body
+            if isinstance(error, OSError) or self._body.chunked or self._body.left is not None:
                 raise protocol_error("it was cut off") from None
             self._body.done, self._keep = True, None
-        except TimeoutError:
-            raise RequestError("upstream_timeout", "the provider fell silent in the middle of its answer") from None
-        except OSError:
-            raise protocol_error("it was cut off") from None    # a reset, or an end without TLS's own
         return self.ready()
 
     def close(self) -> None:
@@ -2871,13 +2867,6 @@ class DryRun:
                 f"{config.describe_credential()} attached. No secret was read and nothing was sent.")
         exchange.outcome = "dry_run"
         return CannedReply(*canned_answer(head, path, facts.json, len(body), facts.model, text), head.method == "HEAD")
-
-
-class Stale(Exception):
-    """The upstream closed before a byte of answer. `unread`: nothing of the request can have arrived."""
-
-    def __init__(self, unread: bool = False) -> None:
-        self.unread = unread
 
 
 def only_interim(data: bytes) -> bool:
@@ -3012,72 +3001,64 @@ class Upstream:
 
     def _ask(self, head: RequestHead, raw: bytes, body: bytes, caller: Wire) -> Answer:
         """Sends the request and returns the answer when its head is there. Raises RequestError."""
-        authority, kept = self.config.address.authority, self._take_idle()
+        authority, kept, data = self.config.address.authority, self._take_idle(), raw + body
         while True:
-            wire = kept or self.connect(caller)
+            wire, sent = kept or self.connect(caller), 0
             try:
-                complete = self._send(wire, raw + body, caller)
+                sent = self._send(wire, data, caller)
                 # Attack: a GET's body that the upstream does not read: it would be the next caller's request.
-                may_keep = complete and (not body or head.method in BODY_METHODS)
+                may_keep = sent == len(data) and (not body or head.method in BODY_METHODS)
                 return self._receive(wire, head, caller, self._keep if may_keep else None)
-            except Stale as stale:
+            except BaseException as error:
                 wire.close()
+                if isinstance(error, Malformed):
+                    raise protocol_error(error) from None
+                if isinstance(error, TimeoutError):
+                    raise RequestError("upstream_timeout", f"{authority} did not answer within {self._timeout:g} seconds "
+                                       "(upstream_timeout_seconds in the broker's configuration)") from None
+                if not isinstance(error, (EOFError, OSError)):
+                    raise
                 # RFC 9112 section 9.3.1: only what is safe to repeat is repeated, and only for a kept connection.
-                if kept is None or not (stale.unread or head.method in ("GET", "HEAD")):
+                if kept is None or (sent and head.method not in ("GET", "HEAD")):
                     raise RequestError("upstream_unreachable", f"{authority} closed the connection before it answered; the "
                                        "request may have been carried out") from None
                 kept = None             # not another kept one, which may be on its way out as well
-            except TimeoutError:
-                wire.close()
-                raise RequestError("upstream_timeout", f"{authority} did not answer within {self._timeout:g} seconds "
-                                   "(upstream_timeout_seconds in the broker's configuration)") from None
-            except BaseException:
-                wire.close()
-                raise
 
-    def _send(self, wire: Wire, data: bytes, caller: Wire) -> bool:
-        """Whether all was taken; if not, the upstream has answered before (413, say), or closed."""
+    def _send(self, wire: Wire, data: bytes, caller: Wire) -> int:
+        """How much was taken; not all if the upstream has answered before (413, say), or closed. Raises OSError for none."""
         sent = 0
-        while sent < len(data):
-            try:
-                count = wire.send_now(memoryview(data)[sent:])
-                sent += count
+        try:
+            while sent < len(data):
+                sent += wire.send_now(memoryview(data)[sent:])
                 if sent < len(data) and wait_for(wire, READ | WRITE, time.monotonic() + self._timeout, caller) & READ:
                     said = wire.receive_now()
                     wire.buffer += said or b""
                     if said == b"" or not only_interim(wire.buffer):
-                        return False
-            except TimeoutError:
+                        break
+        except OSError as error:
+            if isinstance(error, TimeoutError) or not sent:
                 raise
-            except OSError:
-                if not sent:
-                    raise Stale(unread=True) from None
-                return False            # what it said before it closed may still be there to read
-        return True
+        return sent                     # what it said before it closed may still be there to read
 
     def _receive(self, wire: Wire, request: RequestHead, caller: Wire, keep: Callable[[Wire], None] | None) -> Answer:
-        """The final answer; interim ones are dropped. Raises RequestError, Stale and TimeoutError."""
+        """The final answer; interim ones are dropped. Raises Malformed, TimeoutError; OSError and EOFError before any byte."""
         deadline, limit = time.monotonic() + self._timeout, UPSTREAM_HEAD_LIMIT
         for _ in range(INTERIM_LIMIT + 1):
             try:
                 head = AnswerHead(read_head(wire, deadline, limit, caller))
-            except TimeoutError:
+            except (EOFError, OSError) as error:
+                if not isinstance(error, TimeoutError) and (limit < UPSTREAM_HEAD_LIMIT or wire.buffer):
+                    raise Malformed("it ends in its head") from None
                 raise
-            except Malformed as error:
-                raise protocol_error(error) from None
-            except (EOFError, OSError):
-                if limit < UPSTREAM_HEAD_LIMIT or wire.buffer:
-                    raise protocol_error("it ends in its head") from None
-                raise Stale from None
             limit -= len(head.raw)
             if head.status == 101:
                 break
             if head.status >= 200:
                 answer = Answer(wire, head, request, self._timeout, caller, keep)
                 if not answer.has_no_body and not head.is_identity:
-                    raise protocol_error("its body is compressed although identity was asked for")
+                    raise Malformed("its body is compressed although identity was asked for")
                 return answer
-        raise protocol_error("it switches protocols, or sends too many interim answers")
+        raise Malformed("it switches protocols, or sends too many interim answers")
 
     def _take_idle(self) -> Wire | None:
         """A kept connection on which nothing has happened since; one that was closed is noticed here."""
