@@ -2942,6 +2942,22 @@ def make_tls_context() -> ssl.SSLContext:
     return context
 
 
+def dial(family: Any, address: Any, deadline: float, caller: Wire | None) -> Wire:
+    """A connection to this one address. Raises OSError."""
+    wire = Wire(socket.socket(family, socket.SOCK_STREAM))
+    try:
+        code = wire.sock.connect_ex(address)
+        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+            wait_for(wire, WRITE, deadline, caller)
+            code = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        return wire
+    except BaseException:               # the caller has left, or Ctrl-C ends --check
+        wire.close()
+        raise
+
+
 class Upstream:
     """One provider's address with its secret: its connections, and how a request gets there."""
 
@@ -3091,28 +3107,42 @@ class Upstream:
 
     def connect(self, caller: Wire | None = None) -> Wire:
         """A new connection, TLS and proxy included. Raises RequestError."""
-        address, wire = self.config.address, None
-        addresses = self._resolve(caller)
-        deadline = time.monotonic() + UPSTREAM_CONNECT_SECONDS
+        address, wire, in_tls = self.config.address, None, False
         try:
+            addresses = self._resolve(caller)
+            deadline = time.monotonic() + UPSTREAM_CONNECT_SECONDS
             wire = self._open(addresses, deadline, caller)
             if self.proxy is not None:
                 self._tunnel(wire, self.proxy.authorization, deadline, caller)
-            if address.secure:
-                self._start_tls(wire, deadline, caller)
+            in_tls = address.secure
+            if in_tls:
+                # Attack: somebody in the network's path. Host name and certificate are always checked.
+                self._context = self._context or make_tls_context()
+                wire.start_tls(self._context, address.host.strip("[]"), deadline, caller)
             return wire
         except BaseException as error:
             if wire is not None:
                 wire.close()
-            mend = "check the network, the address and HTTPS_PROXY where the broker runs"
-            if isinstance(error, TimeoutError):
-                raise RequestError("upstream_timeout", f"no connection to {address.authority} within "
-                                   f"{UPSTREAM_CONNECT_SECONDS} seconds: {mend}") from None
-            if isinstance(error, OSError):
-                peer = f"the proxy {self.proxy.host}:{self.proxy.port}" if self.proxy else address.authority
-                reason = error.strerror or "it failed"
-                raise RequestError("upstream_unreachable", f"no connection to {peer} ({reason}): {mend}") from None
+            if isinstance(error, (OSError, UnicodeError, Malformed, EOFError)):
+                raise self._no_connection(error, in_tls) from None
             raise
+
+    def _no_connection(self, error: Exception, in_tls: bool) -> RequestError:
+        """What failed before anything was sent, in the caller's words."""
+        authority, mend = self.config.address.authority, "check the network, the address and HTTPS_PROXY where the broker runs"
+        if isinstance(error, TimeoutError):
+            return RequestError("upstream_timeout", f"no connection to {authority} within {UPSTREAM_CONNECT_SECONDS} seconds: "
+                                f"{mend}")
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return RequestError("upstream_tls_error", f"the certificate of {authority} is not valid: "
+                                f"{error.verify_message.rstrip('.')}. Is a proxy in the way, or SSL_CERT_FILE missing?")
+        if in_tls:
+            reason = getattr(error, "reason", None) or "the connection was closed"
+            return RequestError("upstream_tls_error", f"no TLS with {authority} ({reason}): is it an https:// address, "
+                                "and no proxy in the way?")
+        peer = f"the proxy {self.proxy.host}:{self.proxy.port}" if self.proxy is not None else authority
+        reason = getattr(error, "strerror", None) or str(error) or "it was closed"
+        return RequestError("upstream_unreachable", f"no connection to {peer} ({reason}): {mend}")
 
     def _look_up(self, flags: int = 0) -> list[tuple[Any, Any]]:
         found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=flags)
@@ -3123,65 +3153,30 @@ class Upstream:
         host = self._host
         if host == "localhost":         # never asked of a name server: the key would go where it says
             return [(socket.AF_INET, ("127.0.0.1", self._port)), (socket.AF_INET6, ("::1", self._port))]
-        try:
-            if ":" in host or host.replace(".", "").isdigit():
-                return self._look_up(socket.AI_NUMERICHOST)
-            self._addresses.start()
-            return self._addresses.result(watching(caller))
-        except (OSError, UnicodeError):
-            raise RequestError("upstream_unreachable", f"the name {host} can't be resolved: is the network up?") from None
+        if ":" in host or host.replace(".", "").isdigit():
+            return self._look_up(socket.AI_NUMERICHOST)
+        self._addresses.start()
+        return self._addresses.result(watching(caller))
 
     def _open(self, addresses: list[tuple[Any, Any]], deadline: float, caller: Wire | None) -> Wire:
-        """The first address that answers; each gets an equal share of the time that is left."""
+        """The first address that answers; each gets an equal share of the time that is left. Raises the last one's OSError."""
         failure = OSError(0, "it has no address")
         for at, (family, address) in enumerate(addresses):
-            wire = None
+            now = time.monotonic()
             try:
-                wire = Wire(socket.socket(family, socket.SOCK_STREAM))
-                code = wire.sock.connect_ex(address)
-                if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-                    now = time.monotonic()
-                    wait_for(wire, WRITE, now + (deadline - now) / (len(addresses) - at), caller)
-                    code = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not code:
-                    return wire
-                failure = OSError(code, os.strerror(code))
+                return dial(family, address, now + (deadline - now) / (len(addresses) - at), caller)
             except OSError as error:
                 failure = error
-            except BaseException:       # the caller has left, or Ctrl-C ends --check
-                if wire is not None:
-                    wire.close()
-                raise
-            if wire is not None:
-                wire.close()
         raise failure
 
     def _tunnel(self, wire: Wire, authorization: str, deadline: float, caller: Wire | None) -> None:
+        """Has the proxy connect us. Raises OSError, Malformed and EOFError."""
         target = f"{self.config.address.host}:{self.config.address.port}"
         request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{authorization}\r\n"
         wire.send(request.encode(), UPSTREAM_CONNECT_SECONDS, caller)
-        try:
-            head = AnswerHead(read_head(wire, deadline, UPSTREAM_HEAD_LIMIT, caller))
-        except (Malformed, EOFError):
-            raise OSError(0, "it gave no proper answer to CONNECT") from None
+        head = AnswerHead(read_head(wire, deadline, UPSTREAM_HEAD_LIMIT, caller))
         if not 200 <= head.status < 300 or wire.buffer:
             raise OSError(0, f"it refused CONNECT with status {head.status}")
-
-    def _start_tls(self, wire: Wire, deadline: float, caller: Wire | None) -> None:
-        """Attack: somebody in the network's path. Host name and certificate are always checked."""
-        address = self.config.address
-        self._context = self._context or make_tls_context()
-        try:
-            wire.start_tls(self._context, address.host.strip("[]"), deadline, caller)
-        except TimeoutError:
-            raise
-        except ssl.SSLCertVerificationError as error:
-            raise RequestError("upstream_tls_error", f"the certificate of {address.authority} is not valid: "
-                               f"{error.verify_message.rstrip('.')}. Is a proxy in the way, or SSL_CERT_FILE missing?") from None
-        except OSError as error:
-            reason = getattr(error, "reason", None) or "the connection was closed"
-            raise RequestError("upstream_tls_error", f"no TLS with {address.authority} ({reason}): is it an https:// address, "
-                               "and no proxy in the way?") from None
 
 
 class State(NamedTuple):
