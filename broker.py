@@ -2775,10 +2775,12 @@ class Answer:
 
     def __init__(self, wire: Wire, head: AnswerHead, request: RequestHead, timeout: float, caller: Wire,
                  keep: Callable[[Wire], None] | None) -> None:
-        """`keep` takes the connection back; None where it must not be used again."""
+        """`keep` takes the connection back; None where it must not be used again. Raises Malformed."""
         self._wire, self._timeout, self._caller = wire, timeout, caller
         self.status, self.reason, self.head = head.status, head.reason, head
         self.has_no_body = request.method == "HEAD" or head.status in (204, 304)
+        if not self.has_no_body and not head.is_identity:
+            raise Malformed("its body is compressed although identity was asked for")
         self._body = Body(0 if self.has_no_body else head.length, head.chunked and not self.has_no_body, strict=False)
         # Attack: a body after an answer that has none: it would be the next caller's answer.
         self._keep, self._is_closed = keep if head.keep_alive and not self.has_no_body else None, False
@@ -2829,28 +2831,17 @@ class Answer:
             self._wire.close()
 
 
-class CannedReply:
-    """A dry run's answer, as if it came from an upstream."""
+class CannedWire(Wire):
+    """No connection: a dry run's answer stands on it as if it had come from an upstream, piece by piece."""
 
-    status, reason = 200, "OK"
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self.buffer = next(self._pieces, b"")
 
-    def __init__(self, kind: str, pieces: list[bytes], is_head: bool) -> None:
-        self._kind, self._pieces = kind, [] if is_head else pieces
-        self.has_no_body, self.announced_length = is_head, sum(map(len, pieces))
+    def fill(self, deadline: float, caller: Wire | None = None) -> None:
+        self.buffer += next(self._pieces)
 
-    @property
-    def done(self) -> bool:
-        return not self._pieces
-
-    def end_to_end(self) -> str:
-        return f"Content-Type: {self._kind}\r\nDate: {email.utils.formatdate(usegmt=True)}\r\n"
-
-    def read(self) -> bytes:
-        return self._pieces.pop(0) if self._pieces else b""
-
-    ready = read
-
-    def close(self) -> None:
+    def close(self, abort: bool = False) -> None:
         pass
 
 
@@ -2860,13 +2851,17 @@ class DryRun:
     def __init__(self, config: UpstreamConfig) -> None:
         self.config = config
 
-    def answer(self, exchange: Exchange, head: RequestHead, body: bytes, caller: Wire) -> CannedReply:
+    def answer(self, exchange: Exchange, head: RequestHead, body: bytes, caller: Wire) -> Answer:
         """A canned answer, whose text says what would have been sent where."""
         path, config, facts = exchange.upstream_path, self.config, exchange.facts
         text = (f"DRY RUN: the broker would send {head.method} {config.address.url}{path} with a body of {len(body)} bytes and "
                 f"{config.describe_credential()} attached. No secret was read and nothing was sent.")
         exchange.outcome = "dry_run"
-        return CannedReply(*canned_answer(head, path, facts.json, len(body), facts.model, text), head.method == "HEAD")
+        kind, pieces = canned_answer(head, path, facts.json, len(body), facts.model, text)
+        lines = (f"Content-Type: {kind}\r\nDate: {email.utils.formatdate(usegmt=True)}\r\n"
+                 f"Content-Length: {sum(map(len, pieces))}\r\n")
+        canned = AnswerHead(f"HTTP/1.1 200 OK\r\n{lines}\r\n".encode())
+        return Answer(CannedWire(pieces), canned, head, 0, caller, None)
 
 
 def only_interim(data: bytes) -> bool:
@@ -2876,8 +2871,13 @@ def only_interim(data: bytes) -> bool:
         b"HTTP/1.1 1".startswith(head[:10]) or b"HTTP/1.0 1".startswith(head[:10]) for head in heads)
 
 
-def provider_words(body: bytes, secret: Secret) -> str:
+def provider_words(answer: Answer, secret: Secret) -> str:
     """Why a provider rejects a key, in its own words: a missing scope, an address, an organization. Nothing of the key."""
+    deadline, body = time.monotonic() + REJECTION_SECONDS, b""
+    with contextlib.closing(answer), contextlib.suppress(RequestError):
+        body = answer.ready()
+        while not answer.done and len(body) < REJECTION_BYTES:
+            body += answer.read(deadline)
     try:
         said = json.loads(body)
         error = said.get("error", said)
@@ -2980,8 +2980,7 @@ class Upstream:
             exchange.upstream_request_id = answer.head.request_id
             if answer.status != 401 or secret is None:
                 break
-            with contextlib.closing(answer):
-                used, words = secret, self._words(answer, secret)
+            used, words = secret, provider_words(answer, secret)
             secret = self.secrets.renew(used, watching(caller))
             if exchange.attempt == 2 or secret == used:
                 raise self._rejection(words)
@@ -2999,14 +2998,6 @@ class Upstream:
         except SecretUnavailable:
             raise RequestError("secret_unavailable", "the broker could not get the provider's key from its source; the reason "
                                "stands in the terminal where the broker runs") from None
-
-    def _words(self, answer: Answer, secret: Secret) -> str:
-        deadline, body = time.monotonic() + REJECTION_SECONDS, b""
-        with contextlib.suppress(RequestError):
-            body = answer.ready()
-            while not answer.done and len(body) < REJECTION_BYTES:
-                body += answer.read(deadline)
-        return provider_words(body, secret)
 
     def _rejection(self, words: str) -> RequestError:
         said = f", and says: {words}" if words else ""
@@ -3070,10 +3061,7 @@ class Upstream:
             if head.status == 101:
                 break
             if head.status >= 200:
-                answer = Answer(wire, head, request, self._timeout, caller, keep)
-                if not answer.has_no_body and not head.is_identity:
-                    raise Malformed("its body is compressed although identity was asked for")
-                return answer
+                return Answer(wire, head, request, self._timeout, caller, keep)
         raise Malformed("it switches protocols, or sends too many interim answers")
 
     def _take_idle(self) -> Wire | None:
@@ -3680,7 +3668,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             f"HTTP/1.1 {status_line}\r\n{lines}{framing}X-Broker-Request-Id: {exchange.id}\r\n{ANSWER_FIXED}{connection}\r\n"
             .encode("latin-1", "replace"))
 
-    def relay(self, exchange: Exchange, head: RequestHead, answer: Answer | CannedReply) -> None:
+    def relay(self, exchange: Exchange, head: RequestHead, answer: Answer) -> None:
         """The answer as it arrives: each piece at once, the secret redacted."""
         lines, piece = answer.end_to_end(), answer.ready()
         kind = re.search(r"(?im)^content-type:(.*)", lines)

@@ -1129,7 +1129,7 @@ GUARDS = (
           "test_redaction.EveryForm.test_is_replaced_in_headers",
           shows_the_secret(lambda conn, secret: conn.respond(200, {"X-Echo": secret}))),
     Guard("secret_in_gzip", "The same in a compressed answer, in which nobody can look for it.",
-          "if not answer.has_no_body and not head.is_identity:", "if False:",
+          "if not self.has_no_body and not head.is_identity:", "if False:",
           "test_faults.ABody.test_that_is_compressed_is_refused",
           shows_the_secret(lambda conn, secret: conn.respond(200, {"Content-Encoding": "gzip"}, gzip.compress(secret.encode()))),
           codes="upstream_protocol_error"),
