@@ -2858,10 +2858,9 @@ class DryRun:
                 f"{config.describe_credential()} attached. No secret was read and nothing was sent.")
         exchange.outcome = "dry_run"
         kind, pieces = canned_answer(head, path, facts.json, len(body), facts.model, text)
-        lines = (f"Content-Type: {kind}\r\nDate: {email.utils.formatdate(usegmt=True)}\r\n"
-                 f"Content-Length: {sum(map(len, pieces))}\r\n")
-        canned = AnswerHead(f"HTTP/1.1 200 OK\r\n{lines}\r\n".encode())
-        return Answer(CannedWire(pieces), canned, head, 0, caller, None)
+        raw = (f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nDate: {email.utils.formatdate(usegmt=True)}\r\n"
+               f"Content-Length: {sum(map(len, pieces))}\r\n\r\n")
+        return Answer(CannedWire(pieces), AnswerHead(raw.encode()), head, 0, caller, None)
 
 
 def only_interim(data: bytes) -> bool:
@@ -2942,22 +2941,6 @@ def make_tls_context() -> ssl.SSLContext:
     return context
 
 
-def dial(family: Any, address: Any, deadline: float, caller: Wire | None) -> Wire:
-    """A connection to this one address. Raises OSError."""
-    wire = Wire(socket.socket(family, socket.SOCK_STREAM))
-    try:
-        code = wire.sock.connect_ex(address)
-        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-            wait_for(wire, WRITE, deadline, caller)
-            code = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, os.strerror(code))
-        return wire
-    except BaseException:               # the caller has left, or Ctrl-C ends --check
-        wire.close()
-        raise
-
-
 class Upstream:
     """One provider's address with its secret: its connections, and how a request gets there."""
 
@@ -3008,7 +2991,7 @@ class Upstream:
 
     def _ask(self, head: RequestHead, raw: bytes, body: bytes, caller: Wire) -> Answer:
         """Sends the request and returns the answer when its head is there. Raises RequestError."""
-        authority, kept, data = self.config.address.authority, self._take_idle(), raw + body
+        kept, data = self._take_idle(), raw + body
         while True:
             wire, sent = kept or self.connect(caller), 0
             try:
@@ -3018,6 +3001,7 @@ class Upstream:
                 return self._receive(wire, head, caller, self._keep if may_keep else None)
             except BaseException as error:
                 wire.close()
+                authority = self.config.address.authority
                 if isinstance(error, Malformed):
                     raise protocol_error(error) from None
                 if isinstance(error, TimeoutError):
@@ -3150,10 +3134,21 @@ class Upstream:
         """The first address that answers; each gets an equal share of the time that is left. Raises the last one's OSError."""
         failure = OSError(0, "it has no address")
         for at, (family, address) in enumerate(addresses):
-            now = time.monotonic()
+            now, wire = time.monotonic(), None
             try:
-                return dial(family, address, now + (deadline - now) / (len(addresses) - at), caller)
-            except OSError as error:
+                wire = Wire(socket.socket(family, socket.SOCK_STREAM))
+                code = wire.sock.connect_ex(address)
+                if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+                    wait_for(wire, WRITE, now + (deadline - now) / (len(addresses) - at), caller)
+                    code = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    return wire
+                raise OSError(code, os.strerror(code))
+            except BaseException as error:
+                if wire is not None:
+                    wire.close()
+                if not isinstance(error, OSError):      # the caller has left, or Ctrl-C ends --check
+                    raise
                 failure = error
         raise failure
 
