@@ -2751,7 +2751,7 @@ def outbound_head(head: RequestHead, path: str, size: int, upstream: UpstreamCon
 
     Stripping comes first, so that a caller can't name our headers in `Connection` and have them removed.
     """
-    target = upstream.address.path + path + (f"?{head.query}" if "?" in head.target else "")
+    target = upstream.address.path + path + head.target[len(head.path):]     # the query as it came
     length = f"Content-Length: {size}\r\n" if size or head.method in BODY_METHODS else ""
     extra = "".join([f"{name}: {value}\r\n" for name, value in upstream.extra_headers.items()])
     scheme = f"{upstream.auth_scheme} " if upstream.auth_scheme else ""
