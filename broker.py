@@ -2747,10 +2747,8 @@ def read_head(wire: Wire, deadline: float, limit: int, caller: Wire | None = Non
 
 
 def outbound_head(head: RequestHead, path: str, size: int, upstream: UpstreamConfig, secret: Secret | None) -> bytes:
-    """The request's head for the upstream: strip what the caller brought, attach ours last.
-
-    Stripping comes first, so that a caller can't name our headers in `Connection` and have them removed.
-    """
+    """The request's head for the upstream. First what the caller brought is stripped, then ours is attached: so a caller
+    can't name our headers in `Connection` and have them removed."""
     target = upstream.address.path + path + head.target[len(head.path):]     # the query as it came
     length = f"Content-Length: {size}\r\n" if size or head.method in BODY_METHODS else ""
     extra = "".join([f"{name}: {value}\r\n" for name, value in upstream.extra_headers.items()])
@@ -2767,11 +2765,7 @@ def protocol_error(reason: object) -> RequestError:
 
 
 class Answer:
-    """An answer from the upstream: its head, and its body piece by piece.
-
-    Its connection goes back to the upstream with the last piece, not after the caller has it: so the caller's next
-    request finds it.
-    """
+    """An answer from the upstream: its head, and its body piece by piece."""
 
     def __init__(self, wire: Wire, head: AnswerHead, request: RequestHead, timeout: float, caller: Wire,
                  keep: Callable[[Wire], None] | None) -> None:
@@ -2804,7 +2798,7 @@ class Answer:
         except Malformed as error:
             raise protocol_error(error) from None
         if self._body.done:
-            self.close()
+            self.close()                    # now and not when the caller has it all: so its next request finds the connection
         return data
 
     def read(self, deadline: float | None = None) -> bytes:
@@ -2896,11 +2890,9 @@ class Proxy(NamedTuple):
 
 
 def find_proxy(address: Address) -> Proxy | None:
-    """As urllib reads it. Raises ConfigError.
-
-    Attack: in urllib `http_proxy` applies to 127.0.0.1 too; a loopback upstream's key would go there readable.
-    """
+    """As urllib reads it. Raises ConfigError."""
     named = any(name.lower() == "https_proxy" for name in os.environ) or sys.platform in ("win32", "darwin")
+    # Attack: in urllib `http_proxy` applies to 127.0.0.1 too; a loopback upstream's key would go there readable.
     if address.is_loopback or not named:
         return None                     # urllib.request would take long to import, at every start, to say the same
     import urllib.request
