@@ -4025,7 +4025,7 @@ class Signals:
     The main thread looks up by itself: the system may give a signal to any thread, and Python handles it in the main one.
     """
 
-    HANG_UP, QUIT = getattr(signal, "SIGHUP", None), getattr(signal, "SIGQUIT", None)
+    HANG_UP, QUIT = getattr(signal, "SIGHUP", 0), getattr(signal, "SIGQUIT", 0)      # 0, which is none: Windows
 
     def __init__(self, serves: bool) -> None:
         self.raising, self._serves, self._has_terminal = True, serves, has_terminal()

@@ -14,6 +14,7 @@ import unittest
 
 from tests.support import (
     ABSENT,
+    ROOT,
     SECRET_VARIABLE,
     TOKEN_VARIABLE,
     BrokerTestCase,
@@ -876,6 +877,18 @@ print(masks["SigBlk"], masks["SigIgn"], sorted(open_ones))
                 blocked, found = (int(line.split()[1], 16) for line in call().stdout.splitlines())
                 # 32 and 33 are libc's own.
                 self.assertEqual((blocked, found & ~(3 << 31)), (0, sum(1 << (number - 1) for number in cases[ignored])))
+
+    def test_lives_on_where_the_system_has_no_sighup(self):
+        # Windows: "no signal has come" was taken for the SIGHUP that there is none of, and the command was ended.
+        folder = self.folder()
+        script = os.path.join(folder, "as_on_windows.py")
+        with open(script, "w", encoding="utf-8") as file:
+            file.write(
+                f"import signal, sys\ndel signal.SIGHUP, signal.SIGQUIT\nsys.path[0] = {ROOT!r}\n"
+                "import broker\nsys.exit(broker.main())\n"
+            )
+        run = self.run_command(python("import time; time.sleep(1)"), folder=folder, script=script)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
 
     def test_that_dies_of_ctrl_c_gives_130(self):
         broker = self.started("echo ready; exec sleep 60")
