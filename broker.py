@@ -3746,15 +3746,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 # 15. The server: the port, what all connections share, and how it is replaced and ended.
 
 
-def shut(sock: socket.socket, how: int) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(how)
-
-
 class Connections:
     """All open ones, and which of them are without a request past the caller check, the longest so first.
 
-    Who may be closed for another, and who has just been let in, is one decision under one lock.
+    Who may be closed for another, and who has just been let in, is one decision under one lock. One thread admits.
     """
 
     def __init__(self) -> None:
@@ -3767,25 +3762,24 @@ class Connections:
 
     def admit(self, sock: socket.socket, most: int) -> bool:
         """Attack: idle connections until nobody gets in. The one idle for longest gives way."""
+        if len(self) >= most and not self.make_room():
+            return False
         with self._lock:
-            if len(self._open) >= most and not self._evict():
-                return False
             self._open.add(sock)
             self._waiting[sock] = None
-            return True
-
-    def _evict(self) -> bool:
-        sock = next(iter(self._waiting), None)
-        if sock is not None:
-            del self._waiting[sock]
-            self._open.discard(sock)
-            shut(sock, socket.SHUT_RDWR)
-        return sock is not None
+        return True
 
     def make_room(self) -> bool:
         """Closes the one that waits longest; whether there was one."""
         with self._lock:
-            return self._evict()
+            sock = next(iter(self._waiting), None)
+            if sock is None:
+                return False
+            del self._waiting[sock]
+            self._open.discard(sock)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            return True
 
     def mark_busy(self, sock: socket.socket) -> None:
         """It has a request past the caller check. Raises ClientDisconnected if it has just given way."""
@@ -3809,7 +3803,8 @@ class Connections:
         """To all others it looks as if their caller had left; they can still say something to it."""
         with self._lock:
             for sock in self._open:
-                shut(sock, socket.SHUT_RD)
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RD)
 
 
 def bind_alone(sock: socket.socket) -> None:

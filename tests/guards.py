@@ -809,7 +809,7 @@ GUARDS = (
           "test_life_cycle.ThePort.test_is_held_against_everybody_who_would_stand_there_for_localhost",
           stands_on_the_other_localhost),
     Guard("idle_connections", "Somebody without a token opens connections until nobody else gets in.",
-          "and not self._evict()", "",
+          "and not self.make_room()", "",
           "test_load.TooManyConnections.test_cost_the_one_that_was_idle_longest_its_own", holds_all_connections),
     Guard("unread_stderr", "The terminal's output is stopped, and with it everybody who causes a line there.",
           "self._lines.put_nowait(printable(text))", 'os.write(2, (printable(text) + "\\n").encode())',
