@@ -3814,17 +3814,16 @@ def bind_alone(sock: socket.socket) -> None:
 
 def guard_ipv6(port: int) -> socket.socket | None:
     """Holds the port on ::1 as well, without listening. Attack: another program stands there for "localhost"."""
+    sock = None
     try:
         sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
-    except OSError:
-        return None
-    try:
         bind_alone(sock)
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(("::1", port))
         return sock
     except OSError as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         if error.errno == errno.EADDRINUSE:
             raise
         return None                     # no IPv6 on this machine
@@ -3839,9 +3838,9 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False
 
-    def __init__(self, state: State, log: EventLog) -> None:
+    def __init__(self, state: State) -> None:
         """Takes the port; connections wait in its queue until `serve_forever`. Raises OperationalError."""
-        self.state, self.log = state, log
+        self.state, self.log = state, EventLog(state.config.event_log)
         self.connections, self.limits, self.denials = Connections(), Limits(), PerMinute()
         self.stopping = self.gave_up = False
         self.counted: set[str] = set()      # the clients with a budget: of the others nobody adds up what they use
@@ -3851,35 +3850,21 @@ class Server(http.server.ThreadingHTTPServer):
         self._reloading, self._reloads = threading.Lock(), threading.BoundedSemaphore(2)    # one under way, one waiting
         port = state.config.listen_port
         for _ in range(20 if port == 0 else 1):     # a free port has to be free on ::1 as well
-            super().__init__(("127.0.0.1", port), Handler, bind_and_activate=False)
             try:
-                self.server_bind()
-                self.server_activate()
-                self._guard = guard_ipv6(self.port)
-                return
+                return super().__init__(("127.0.0.1", port), Handler)
             except OSError as error:
                 failure = error
-                self.server_close()
         raise OperationalError(f"port {port} can't be bound ({failure.strerror}): stop the program that has it, on 127.0.0.1 or "
                                "::1, or use --port 0 for any free one")
-
-    @property
-    def port(self) -> int:
-        return int(self.server_address[1])
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def lifecycle(self) -> dict[str, Any]:
-        """What the events of the process itself say."""
-        return {"mode": self.state.config.mode, "version": __version__, "listen": self.url}
 
     def server_bind(self) -> None:
         # Not HTTPServer's own: that one asks the name server for our host name.
         bind_alone(self.socket)
         socketserver.TCPServer.server_bind(self)
+        self._guard = guard_ipv6(self.server_address[1])
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        # What the events of the process itself say: no reload changes it.
+        self.lifecycle = {"mode": self.state.config.mode, "version": __version__, "listen": self.url}
 
     def server_close(self) -> None:
         super().server_close()
@@ -4228,7 +4213,7 @@ def prepare(config: Config, run_as: RunAs | None) -> tuple[State, list[str]]:
 def open_server(state: State) -> Server:
     """The port, the log, the ledger and the secrets. Raises OperationalError, and KeyboardInterrupt."""
     config = state.config
-    server = Server(state, EventLog(config.event_log))
+    server = Server(state)
     try:
         with start_failures(config):
             server.log.open()

@@ -805,7 +805,7 @@ GUARDS = (
           "test_process_guards.OtherProgramsOfTheSameUser.test_find_no_secret_in_a_command_either",
           finds_the_secret("--dry-run")),
     Guard("other_localhost", 'Another program stands on ::1 for "localhost", and is shown the caller token.',
-          "self._guard = guard_ipv6(self.port)", "pass",
+          "self._guard = guard_ipv6(self.server_address[1])", "pass",
           "test_life_cycle.ThePort.test_is_held_against_everybody_who_would_stand_there_for_localhost",
           stands_on_the_other_localhost),
     Guard("idle_connections", "Somebody without a token opens connections until nobody else gets in.",
