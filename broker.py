@@ -3847,7 +3847,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.shows_requests = False         # a line on stderr for each
         self._guard: socket.socket | None = None
         self._next_sweep = 0.0
-        self._reloading, self._reloads = threading.Lock(), threading.BoundedSemaphore(2)    # one under way, one waiting
         port = state.config.listen_port
         for _ in range(20 if port == 0 else 1):     # a free port has to be free on ::1 as well
             try:
@@ -3927,42 +3926,34 @@ class Server(http.server.ThreadingHTTPServer):
                 say(f"broker: {unreadable} lines of the event log can't be read, and count as nothing: {config.event_log}")
         self.counted = budgets
 
-    def reload(self, make: Callable[[Config], State]) -> None:
-        """SIGHUP: configuration, tokens, secrets and the log's file anew; what is wrong changes nothing. `make`: a state."""
-        if not self._reloads.acquire(blocking=False):
-            return                      # one that has not begun yet will read all this
-        with self._reloading:
+    def reload_when_asked(self, asked: queue.SimpleQueue[int], run_as: RunAs | None) -> None:
+        """SIGHUP: configuration, tokens, secrets and the log's file anew; what is wrong changes nothing."""
+        while asked.get() and not self.stopping:
+            while not asked.empty():
+                asked.get()             # this time will do for all that came before it began
             try:
-                self._reopen_log()
-                waits = self._replace_state(make)
+                self.log.open()
+            except OSError as error:
+                say(f"broker: reload: the event log can't be opened anew, the old file stays in use: {error.strerror}")
+            try:
+                waits = self._replace_state(run_as)
             except (ConfigError, SecretUnavailable, OSError) as error:
                 say(f"broker: reload: nothing was changed: {error}")
-            except Exception as bug:        # else its thread would print a traceback
+            except Exception as bug:        # else its thread would end
                 report_bug(bug)
             else:
                 say("broker: reloaded" + (f"; changed, but only after a restart: {', '.join(waits)}" if waits else ""))
                 self.log.write("reload", self.lifecycle)
             finally:
-                self._reloads.release()
+                self.state.stay_hidden()    # of a reload that failed the secrets are known by now
 
-    def _reopen_log(self) -> None:
-        try:
-            self.log.open()
-        except OSError as error:
-            say(f"broker: reload: the event log can't be opened anew, the old file stays in use: {error.strerror}")
-
-    def _replace_state(self, make: Callable[[Config], State]) -> list[str]:
+    def _replace_state(self, run_as: RunAs | None) -> list[str]:
         """Returns the keys that wait for a restart. Raises ConfigError, SecretUnavailable, OSError."""
         old = self.state
         config, waits = reread_config(old.config)
-        state = make(config)
-        try:
-            state.resolve_secrets()
-            self.load_ledger(config)
-        except BaseException:
-            state.close()
-            old.stay_hidden()
-            raise
+        state = make_state(config, old.shown_tokens, run_as)
+        state.resolve_secrets()
+        self.load_ledger(config)
         self.state = state
         old.close()
         return waits
@@ -4000,7 +3991,8 @@ def has_terminal() -> bool:
 
 
 class Signals:
-    """Signals end the program until `raising` is off; from then on they arrive here, for the main thread to take.
+    """Signals end the program until `raising` is off; from then on they arrive here, for the main thread to take. A SIGHUP
+    that asks a server for a reload stands in `reloads`, whenever it comes.
 
     The main thread looks up by itself: the system may give a signal to any thread, and Python handles it in the main one.
     """
@@ -4009,32 +4001,30 @@ class Signals:
 
     def __init__(self, serves: bool) -> None:
         self.raising, self._serves, self._has_terminal = True, serves, has_terminal()
-        self._arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()     # the one kind that a handler may put into
+        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()     # the one kind that a handler may put into
+        self.reloads: queue.SimpleQueue[int] = queue.SimpleQueue()
         for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGQUIT"):
             if number := getattr(signal, name, None):
                 INHERITED_SIGNALS[number] = signal.signal(number, self._take)
 
     def _take(self, number: int, frame: Any) -> None:
-        if not self.raising or (self._serves and self.is_reload(number)):
+        if self._serves and number == self.HANG_UP and not self._is_terminals_end():
+            self.reloads.put(number)
+        elif not self.raising:
             self._arrived.put(number)
         else:
             self.raising = False            # one is enough: the next must not interrupt the way out
             raise KeyboardInterrupt(number)
 
-    def wake(self) -> None:
-        """Makes `next` return. May be called from any thread."""
-        self._arrived.put(None)
+    def _is_terminals_end(self) -> bool:
+        """Whether SIGHUP says that our terminal is gone (`nohup` ignores that one, and so do we)."""
+        return INHERITED_SIGNALS.get(self.HANG_UP) != signal.SIG_IGN and self._has_terminal and not has_terminal()
 
     def next(self, seconds: float) -> int | None:
         """The next one, or None after so many seconds."""
         with contextlib.suppress(queue.Empty):
             return self._arrived.get(timeout=seconds)
         return None
-
-    def is_reload(self, number: int | None) -> bool:
-        """SIGHUP, but for that of a terminal that is gone (`nohup` ignores that one, and so do we)."""
-        ignored = INHERITED_SIGNALS.get(number or 0) == signal.SIG_IGN
-        return number is not None and number == self.HANG_UP and (ignored or not self._has_terminal or has_terminal())
 
 
 def swap_limits(limits: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
@@ -4233,11 +4223,10 @@ def end_at_once(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
-def serve_until_stopped(server: Server, signals: Signals, reload: Callable[[], None]) -> int:
+def serve_until_stopped(server: Server, signals: Signals) -> int:
     """The first signal stops, with time for what is in flight; the second one, and SIGQUIT, end at once."""
-    while (number := signals.next(LOOK_SECONDS)) is None or signals.is_reload(number):
-        if number is not None:
-            reload()
+    while (number := signals.next(LOOK_SECONDS)) is None:
+        pass
     if number == signals.QUIT:
         end_at_once(number)
     server.stop()
@@ -4252,8 +4241,7 @@ def serve_until_stopped(server: Server, signals: Signals, reload: Callable[[], N
     return 0
 
 
-def run_command(command: list[str], server: Server, signals: Signals, reload: Callable[[], None],
-                environment: Texts) -> int:
+def run_command(command: list[str], server: Server, signals: Signals, environment: Texts) -> int:
     """Serves while the command runs; returns what a shell would call its exit code."""
     import subprocess
     try:
@@ -4265,24 +4253,18 @@ def run_command(command: list[str], server: Server, signals: Signals, reload: Ca
         server.stop()
         return 127 if isinstance(error, FileNotFoundError) else 126
 
-    def wait() -> None:
-        process.wait()
-        signals.wake()
-    threading.Thread(target=wait, daemon=True).start()
-    while process.returncode is None:
-        number = signals.next(LOOK_SECONDS)
-        if signals.is_reload(number):
-            reload()
-        elif number in (signal.SIGTERM, signals.HANG_UP):
-            process.terminate()
+    def pass_on() -> None:
         # The others come from the terminal, which sends them to the command as well.
+        if signals.next(0) in (signal.SIGTERM, signals.HANG_UP):
+            process.terminate()
+    code = Run(process.wait).result(pass_on)
     server.gave_up = True
     server.stop()
     server.connections.end_reading()
     deadline = time.monotonic() + LOOK_SECONDS
     while len(server.connections) and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS / 20)   # so that the log has their last lines
-    return 128 - process.returncode if process.returncode < 0 else process.returncode
+    return 128 - code if code < 0 else code
 
 
 def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
@@ -4293,14 +4275,9 @@ def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
     server = open_server(state)
     signals.raising = False
     threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def make(config: Config) -> State:
-        return make_state(config, server.state.shown_tokens, run_as)
-
-    def reload() -> None:
-        threading.Thread(target=server.reload, args=(make,), daemon=True).start()
+    threading.Thread(target=server.reload_when_asked, args=(signals.reloads, run_as), daemon=True).start()
     if run_as is not None:
-        code = run_command(command, server, signals, reload, environment_for(config, run_as, server.url, command[0]))
+        code = run_command(command, server, signals, environment_for(config, run_as, server.url, command[0]))
     else:
         for line in (*(f"broker: warning: {warning}" for warning in warnings),
                      f"broker {__version__} listens on {server.url}", *(f"  {line}" for line in describe(state)),
@@ -4308,7 +4285,7 @@ def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
                      *(f"  {line}" for line in paste_lines(state, server.url))):
             say(line)
         server.shows_requests = sys.stderr is not None and sys.stderr.isatty()
-        code = serve_until_stopped(server, signals, reload)
+        code = serve_until_stopped(server, signals)
     server.end()
     return code
 
