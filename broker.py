@@ -4192,29 +4192,9 @@ def prepare(config: Config, run_as: RunAs | None) -> tuple[State, list[str]]:
     """(state, warnings): what can fail before the port is taken, in the order in which a user can mend it."""
     warnings = check_files(config)
     unguarded = guard_process()
-    if run_as is not None:
-        HIDDEN.add(run_as.client, run_as.token, in_answers=False)
-    state = make_state(config, {}, run_as)
     if not config.dry_run:
         warnings += [*proxy_warnings(config), *unguarded]
-    return state, warnings
-
-
-def open_server(state: State) -> Server:
-    """The port, the log, the ledger and the secrets. Raises OperationalError, and KeyboardInterrupt."""
-    config = state.config
-    server = Server(state)
-    try:
-        with start_failures(config):
-            server.log.open()
-            server.load_ledger(config)
-            state.resolve_secrets()
-            server.log.append("start", server.lifecycle)
-        return server
-    except BaseException:
-        server.server_close()
-        server.log.close()
-        raise
+    return make_state(config, {}, run_as), warnings
 
 
 def end_at_once(number: int) -> NoReturn:
@@ -4272,21 +4252,26 @@ def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
     signals = Signals(serves=True)
     give_memory_back()
     state, warnings = prepare(config, run_as)
-    server = open_server(state)
-    signals.raising = False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    threading.Thread(target=server.reload_when_asked, args=(signals.reloads, run_as), daemon=True).start()
-    if run_as is not None:
-        code = run_command(command, server, signals, environment_for(config, run_as, server.url, command[0]))
-    else:
-        for line in (*(f"broker: warning: {warning}" for warning in warnings),
-                     f"broker {__version__} listens on {server.url}", *(f"  {line}" for line in describe(state)),
-                     "Stop it with Ctrl-C. To paste into another shell:",
-                     *(f"  {line}" for line in paste_lines(state, server.url))):
-            say(line)
-        server.shows_requests = sys.stderr is not None and sys.stderr.isatty()
-        code = serve_until_stopped(server, signals)
-    server.end()
+    with Server(state) as server:
+        with start_failures(config):
+            server.log.open()
+            server.load_ledger(config)
+            state.resolve_secrets()
+            server.log.append("start", server.lifecycle)
+        signals.raising = False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.reload_when_asked, args=(signals.reloads, run_as), daemon=True).start()
+        if run_as is not None:
+            code = run_command(command, server, signals, environment_for(config, run_as, server.url, command[0]))
+        else:
+            for line in (*(f"broker: warning: {warning}" for warning in warnings),
+                         f"broker {__version__} listens on {server.url}", *(f"  {line}" for line in describe(state)),
+                         "Stop it with Ctrl-C. To paste into another shell:",
+                         *(f"  {line}" for line in paste_lines(state, server.url))):
+                say(line)
+            server.shows_requests = sys.stderr is not None and sys.stderr.isatty()
+            code = serve_until_stopped(server, signals)
+        server.end()
     return code
 
 
@@ -4451,7 +4436,9 @@ def run_as_whom(config: Config, name: str | None) -> RunAs:
     if name not in names and (name is not None or len(names) > 1):
         wrong = "there are several clients" if name is None else f"there is no client {name}"
         raise ConfigError(f"{config.file}: {wrong}: say --client NAME before `--`, one of {', '.join(names)}")
-    return RunAs(name or names[0], new_token())
+    run_as = RunAs(name or names[0], new_token())
+    HIDDEN.add(run_as.client, run_as.token, in_answers=False)
+    return run_as
 
 
 def run_options(options: Any, command: list[str]) -> int:
