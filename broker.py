@@ -3832,7 +3832,6 @@ def guard_ipv6(port: int) -> socket.socket | None:
 class Server(http.server.ThreadingHTTPServer):
     """The port, a thread for each connection, and what they share: each thing behind the lock of its own class."""
 
-    daemon_threads = True
     request_queue_size = 1024
     # On Windows SO_REUSEADDR lets another process bind the same port; on POSIX it only lets us come back at once.
     allow_reuse_address = os.name == "posix"
@@ -4027,32 +4026,23 @@ class Signals:
         return None
 
 
-def swap_limits(limits: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
-    """Sets the process's limits; returns what they were."""
-    before = {}
-    for limit, values in limits.items():
-        import resource
-        before[limit] = resource.getrlimit(limit)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(limit, values)
-    return before
-
-
 @contextlib.contextmanager
 def as_inherited() -> Iterator[None]:
     """For a moment the process is what its child is to inherit: its limits, and what it ignores.
 
     Not by preexec_fn: that would run Python in a forked copy of a process with threads.
     """
-    handlers = {number: signal.signal(number, signal.SIG_IGN)
-                for number, handler in INHERITED_SIGNALS.items() if handler == signal.SIG_IGN}
-    limits = swap_limits(INHERITED_LIMITS)
-    try:
+    with contextlib.ExitStack() as back:
+        for number, handler in INHERITED_SIGNALS.items():
+            if handler == signal.SIG_IGN:
+                back.callback(signal.signal, number, signal.signal(number, handler))
+        for limit, inherited in INHERITED_LIMITS.items():
+            import resource
+            ours = resource.getrlimit(limit)
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(limit, inherited)
+                back.callback(resource.setrlimit, limit, ours)
         yield
-    finally:
-        swap_limits(limits)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def rules_of(client: ClientConfig, upstream: UpstreamConfig) -> list[Rule]:
@@ -4412,10 +4402,9 @@ def parse_arguments(argv: list[str]) -> tuple[Any, list[str]]:
     parser.add_argument("--port", type=int, metavar="N", help="instead of listen_port; 0 for any free port")
     parser.add_argument("--client", metavar="NAME", help="before `--`: as which client the command runs, where there are several")
     only = parser.add_mutually_exclusive_group()
-    for name, words in (("--check", "validate, resolve the secret, say what would be allowed; exit"),
-                        ("--report", "summarise the event log as a table; exit"),
-                        ("--new-token", "print a fresh random caller token; exit")):
-        only.add_argument(name, action="store_true", help=words)
+    only.add_argument("--check", action="store_true", help="validate, resolve the secret, say what would be allowed; exit")
+    only.add_argument("--report", action="store_true", help="summarise the event log as a table; exit")
+    only.add_argument("--new-token", action="store_true", help="print a fresh random caller token; exit")
     parser.add_argument("--json", action="store_true", help="with --report: an object a line, for programs")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(argv[:at])
