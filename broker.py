@@ -4077,7 +4077,7 @@ def variables_for(config: Config, client: ClientConfig, url: str, token: str) ->
 def environment_for(config: Config, run_as: RunAs, url: str, command: str) -> Texts:
     """Our own environment, less all that is secret, for the command that is served."""
     tokens = {os.environ.get(client.token_env or "", "") for client in config.clients} - {""}
-    hidden = {*TAKEN_VARIABLES.values(), *HIDDEN.in_output.secrets, *tokens, run_as.token}
+    hidden = {*TAKEN_VARIABLES.values(), *HIDDEN.in_output.secrets, *tokens}
     environment = {name: value for name, value in os.environ.items()
                    if name not in HIDDEN_VARIABLES and value.rstrip("\r\n") not in hidden}
     client = next(client for client in config.clients if client.name == run_as.client)
@@ -4187,25 +4187,19 @@ def prepare(config: Config, run_as: RunAs | None) -> tuple[State, list[str]]:
     return make_state(config, {}, run_as), warnings
 
 
-def end_at_once(number: int) -> NoReturn:
-    end_secret_commands()
-    STDERR.close()
-    os._exit(128 + number)
-
-
 def serve_until_stopped(server: Server, signals: Signals) -> int:
     """The first signal stops, with time for what is in flight; the second one, and SIGQUIT, end at once."""
     while (number := signals.next(LOOK_SECONDS)) is None:
         pass
     if number == signals.QUIT:
-        end_at_once(number)
+        sys.exit(128 + number)
     server.stop()
     for seconds in (GRACE_SECONDS, LAST_SECONDS):
         deadline = time.monotonic() + seconds
         while len(server.connections) and time.monotonic() < deadline:
             number = signals.next(LOOK_SECONDS / 4)
             if number is not None and number != signals.HANG_UP:
-                end_at_once(number)
+                sys.exit(128 + number)
         server.gave_up = True
         server.connections.end_reading()
     return 0
@@ -4227,7 +4221,9 @@ def run_command(command: list[str], server: Server, signals: Signals, environmen
         # The others come from the terminal, which sends them to the command as well.
         if signals.next(0) in (signal.SIGTERM, signals.HANG_UP):
             process.terminate()
-    code = Run(process.wait).result(pass_on)
+    ending = SharedRun(process.wait)
+    ending.start()
+    code = ending.result(pass_on)
     server.gave_up = True
     server.stop()
     server.connections.end_reading()
