@@ -3978,15 +3978,13 @@ class Server(http.server.ThreadingHTTPServer):
 # ----------------------------------------------------------------------------------------------------------------------
 # 16. Commands.
 #
-# To add a command: one function that returns an exit code, and its line in `main`.
+# To add a command: one function that returns an exit code, and its line in `run_options`.
 
 
 def has_terminal() -> bool:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | getattr(os, "O_NOCTTY", 0)))
+    with contextlib.suppress(OSError), open("/dev/tty", "rb", buffering=0):
         return True
-    except OSError:
-        return False
+    return False
 
 
 class Signals:
