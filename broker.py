@@ -1766,6 +1766,7 @@ class Address(NamedTuple):
 class UpstreamConfig(NamedTuple):
     """Where requests go, and with what authority."""
     name: str
+    key: str                            # what its own keys are called by in an error: "upstreams.NAME.", or "" in the short form
     address: Address
     prefix: str
     rules: Allowlist
@@ -1785,6 +1786,7 @@ class UpstreamConfig(NamedTuple):
 class ClientConfig(NamedTuple):
     """Who may ask, and for what. None: not narrowed, or no limit; but for the token: anybody may ask."""
     name: str
+    key: str                            # the same: "clients.NAME.", or "client_" for the short form's `client_token_env`
     token_env: str | None
     upstreams: tuple[str, ...]
     rules: Allowlist | None
@@ -1822,16 +1824,6 @@ class Config(NamedTuple):
     @property
     def has_budgets(self) -> bool:
         return any(client.tokens_per_day is not None for client in self.clients)
-
-    def token_key(self, client: ClientConfig) -> str:
-        """What the key is called that names a client's token."""
-        return f"clients.{client.name}.token_env" if self.raw.get("clients") is not None else "client_token_env"
-
-    def upstream_key(self, name: str, key: str) -> str:
-        """What a key of the upstream is called; the short form, which has one upstream, has it at the top."""
-        if self.raw.get("upstreams") is not None:
-            return f"upstreams.{name}.{key}"
-        return "upstream_base_url" if key == "base_url" else key
 
     def upstreams_of(self, client: ClientConfig) -> tuple[UpstreamConfig, ...]:
         """Those that the client may use, a longer prefix before a shorter one."""
@@ -1968,18 +1960,18 @@ def strict_json(data: bytes) -> Any:
         raise InvalidJson("it is nested too deeply") from None
 
 
-def make_upstream_config(name: str, values: Json, key: str) -> UpstreamConfig:
-    """From the checked values of its keys, in their order. `key`: what its own keys are called in an error."""
+def make_upstream_config(name: str, key: str, values: Json) -> UpstreamConfig:
+    """From the checked values of its keys, in their order."""
     own = [header.lower().replace("_", "-") for header in (values["auth_header"], *values["extra_headers"])]
     for at, header in enumerate(own):
         if BROKER_HEADERS.has(header) or header in own[:at]:
             raise ValueError(f'"{key}{"extra_headers" if at else "auth_header"}" names {header}, which the broker sets itself, '
                              "or which is there already: leave it out, or name another")
     rules = make_rules(values["allowed_paths"], f"{key}allowed_paths", values["prefix"])
-    return UpstreamConfig._make((name, *{**values, "allowed_paths": rules}.values(), frozenset(own)))
+    return UpstreamConfig._make((name, key, *{**values, "allowed_paths": rules}.values(), frozenset(own)))
 
 
-def make_client_config(name: str, values: Json, key: str, upstreams: Iterable[UpstreamConfig]) -> ClientConfig:
+def make_client_config(name: str, key: str, values: Json, upstreams: Iterable[UpstreamConfig]) -> ClientConfig:
     """From the checked values of its keys, in their order. Raises ValueError for a rule that no request could ever match."""
     known = tuple(upstream.name for upstream in upstreams)
     chosen = values["upstreams"] or known
@@ -1992,16 +1984,19 @@ def make_client_config(name: str, values: Json, key: str, upstreams: Iterable[Up
         if not any(rule.meets(other) and rule.type == other.type for other in theirs):
             raise ValueError(f'"{key}allowed_paths" has the entry "{rule.text}", which no request could ever match: no rule of '
                              f'{", ".join(chosen)} lets it through; write the path as the caller does, prefix included')
-    return ClientConfig._make((name, *{**values, "upstreams": chosen, "allowed_paths": rules}.values()))
+    return ClientConfig._make((name, key, *{**values, "upstreams": chosen, "allowed_paths": rules}.values()))
 
 
-def checked_parts(named: Json | None, table: KeyTable, key: str,
-                  short: Json) -> Iterator[tuple[str, Json, str]]:
-    """(name, checked values, what stands before its keys in an error) of each upstream or client, in either form."""
+Part = tuple[str, str, Json]            # of an upstream or client: its name, its `key`, and the checked values of its keys
+
+
+def checked_parts(named: Json | None, long: str, table: KeyTable, short: Part) -> Iterator[Part]:
+    """Each upstream or client; without the long form the one that the short form makes."""
     if named is None:
-        yield DEFAULT_NAME, short, ""
+        yield short
     for name, members in (named or {}).items():
-        yield name, checked_members(members, table, f"{key}.{name}."), f"{key}.{name}."
+        key = f"{long}.{name}."
+        yield name, key, checked_members(members, table, key)
 
 
 def keys_for(raw: Json, dry_run: bool) -> KeyTable:
@@ -2020,9 +2015,9 @@ def keys_for(raw: Json, dry_run: bool) -> KeyTable:
 
 def check_variables(config: Config) -> None:
     """No variable for two things. Raises ValueError."""
-    owners = {upstream.source.variable: config.upstream_key(upstream.name, "secret_source") for upstream in config.upstreams}
+    owners = {upstream.source.variable: f"{upstream.key}secret_source" for upstream in config.upstreams}
     for client in config.clients:
-        key = config.token_key(client)
+        key = f"{client.key}token_env"
         if client.token_env is not None and owners.setdefault(client.token_env, key) != key:
             raise ValueError(f'"{owners[client.token_env]}" and "{key}" name the same variable {client.token_env}: give each '
                              "client a token of its own, see --new-token")
@@ -2039,8 +2034,8 @@ def check_together(config: Config) -> None:
     """What can only be said of several keys. Raises ValueError."""
     for upstream in config.upstreams:
         if upstream.address.is_loopback and upstream.address.port == config.listen_port:
-            key = config.upstream_key(upstream.name, "base_url")
-            raise ValueError(f'"{key}" is the broker itself: give the provider\'s address')
+            key = upstream.key or "upstream_"
+            raise ValueError(f'"{key}base_url" is the broker itself: give the provider\'s address')
     if any(client.token_env is None for client in config.clients) and not config.allowed_hosts <= set(DEFAULT_HOSTS):
         raise ValueError('"client_token_env" is null, which is refused while "allowed_hosts" has more than the default: name '
                          "a variable that holds a caller token")
@@ -2062,11 +2057,11 @@ def load_config(file: str, dry_run: bool = False, port: int | None = None) -> Co
             raise InvalidJson("it is not one object: start from broker_config.example.json")
         is_dry_run = dry_run or raw.get("mode") == "dry_run"
         values = checked_members(raw, keys_for(raw, is_dry_run))
-        short = {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
-        parts = checked_parts(values["upstreams"], UPSTREAM_KEYS, "upstreams", short)
+        short = DEFAULT_NAME, "", {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
+        parts = checked_parts(values["upstreams"], "upstreams", UPSTREAM_KEYS, short)
         upstreams = tuple(make_upstream_config(*part) for part in parts)
-        short = {**dict.fromkeys(CLIENT_KEYS), "token_env": values["client_token_env"]}
-        parts = checked_parts(values["clients"], CLIENT_KEYS, "clients", short)
+        short = DEFAULT_NAME, "client_", {**dict.fromkeys(CLIENT_KEYS), "token_env": values["client_token_env"]}
+        parts = checked_parts(values["clients"], "clients", CLIENT_KEYS, short)
         clients = tuple(make_client_config(*part, upstreams) for part in parts)
         config = Config(path, raw, values["listen_port"] if port is None else port, is_dry_run, upstreams, clients,
                         frozenset(map(str.lower, values["allowed_hosts"])), values["max_request_bytes"],
@@ -3172,8 +3167,8 @@ class State(NamedTuple):
             try:
                 upstream.secrets.resolve_now()
             except SecretUnavailable as error:
-                key = self.config.upstream_key(upstream.config.name, "secret_source")
-                raise SecretUnavailable(f'"{key}": the secret is not available: {error}') from None
+                key = upstream.config.key
+                raise SecretUnavailable(f'"{key}secret_source": the secret is not available: {error}') from None
 
     def stay_hidden(self) -> None:
         """The secrets that are in use count as the newest again: those of a reload that failed must not push them out."""
@@ -3310,7 +3305,7 @@ def caller_token(config: Config, client: ClientConfig) -> str | None:
     token = take_variable(client.token_env) if client.token_env is not None else None
     if client.token_env is None or (not token and config.dry_run):
         return None
-    where = f'{config.file}: "{config.token_key(client)}" names {client.token_env}, '
+    where = f'{config.file}: "{client.key}token_env" names {client.token_env}, '
     if not token:
         raise ConfigError(f'{where}which is not set: export {client.token_env}="$(python broker.py --new-token)" in the shell '
                           "that starts the broker")
@@ -3339,7 +3334,7 @@ def make_callers(config: Config, known: Texts, run_as: RunAs | None) -> tuple[di
             token = shown.setdefault(client.name, new_token())
         key = digest(token) if token is not None else None
         if key in callers:
-            raise ConfigError(f'{config.file}: "{config.token_key(callers[key].client)}" and "{config.token_key(client)}" '
+            raise ConfigError(f'{config.file}: "{callers[key].client.key}token_env" and "{client.key}token_env" '
                               "hold the same token: give each client one of its own, see --new-token")
         callers[key] = Caller(client, key, config.upstreams_of(client))
     if not callers and run_as is not None:      # a reload found it taken out
@@ -3353,7 +3348,7 @@ def make_upstream(config: Config, upstream: UpstreamConfig, callers: dict[bytes 
     value = take_variable(upstream.source.variable) if upstream.source.variable is not None else None
     equal = callers.get(digest(value.rstrip("\r\n"))) if value is not None else None
     if equal is not None:
-        raise ConfigError(f'{config.file}: "{config.token_key(equal.client)}": the caller token equals the secret in '
+        raise ConfigError(f'{config.file}: "{equal.client.key}token_env": the caller token equals the secret in '
                           f"{upstream.source.variable}: give the callers tokens of their own, see --new-token")
     upstream.source.prepare(os.path.dirname(config.file), upstream.name)
     return Upstream(upstream, SecretCache(upstream.source, callers), find_proxy(upstream.address), config.upstream_timeout)
