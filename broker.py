@@ -1723,7 +1723,7 @@ def curl_line(rules: Iterable[Rule], url: str, token_variable: str | None) -> st
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Configuration: tables of keys. No raw dictionary leaves this section but for the reload's comparison.
+# 8. Configuration: tables of keys. No raw dictionary leaves this section.
 #
 # To add a key: one row in its table, one field in its class, one row in README.md. One upstream and one caller are the
 # short form of many: both become the same values here, and nothing behind this section knows which one it was.
@@ -1804,9 +1804,8 @@ class ClientConfig(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A valid configuration."""
     file: str                           # absolute
-    raw: Json
+    fixed: Json                         # what the file says of AFTER_RESTART, whatever the command line says
     listen_port: int
     dry_run: bool
     upstreams: tuple[UpstreamConfig, ...]
@@ -2063,9 +2062,9 @@ def load_config(file: str, dry_run: bool = False, port: int | None = None) -> Co
         short = DEFAULT_NAME, "client_", {**dict.fromkeys(CLIENT_KEYS), "token_env": values["client_token_env"]}
         parts = checked_parts(values["clients"], "clients", CLIENT_KEYS, short)
         clients = tuple(make_client_config(*part, upstreams) for part in parts)
-        config = Config(path, raw, values["listen_port"] if port is None else port, is_dry_run, upstreams, clients,
-                        frozenset(map(str.lower, values["allowed_hosts"])), values["max_request_bytes"],
-                        values["upstream_timeout_seconds"], values["max_concurrent_requests"],
+        config = Config(path, {key: values[key] for key in AFTER_RESTART}, values["listen_port"] if port is None else port,
+                        is_dry_run, upstreams, clients, frozenset(map(str.lower, values["allowed_hosts"])),
+                        values["max_request_bytes"], values["upstream_timeout_seconds"], values["max_concurrent_requests"],
                         os.path.join(os.path.dirname(path), values["event_log"]))
         check_together(config)
         return config
@@ -3370,9 +3369,8 @@ def make_state(config: Config, known: Texts, run_as: RunAs | None) -> State:
 def reread_config(old: Config) -> tuple[Config, list[str]]:
     """(the file's configuration, with what waits for a restart as it was, and the keys of that). Raises ConfigError."""
     new = load_config(old.file, old.dry_run, old.listen_port)
-    waits = [key for key in AFTER_RESTART if old.raw.get(key, KEYS[key][0]) != new.raw.get(key, KEYS[key][0])]
-    raw = {**new.raw, **{key: old.raw.get(key, KEYS[key][0]) for key in waits}}
-    new = new._replace(raw=raw, dry_run=old.dry_run, event_log=old.event_log)
+    waits = [key for key in AFTER_RESTART if new.fixed[key] != old.fixed[key]]
+    new = new._replace(fixed=old.fixed, dry_run=old.dry_run, event_log=old.event_log)
     check_files(new)
     return new, waits
 
