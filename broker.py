@@ -1728,9 +1728,9 @@ def curl_line(rules: Iterable[Rule], url: str, token_variable: str | None) -> st
 # To add a key: one row in its table, one field in its class, one row in README.md. One upstream and one caller are the
 # short form of many: both become the same values here, and nothing behind this section knows which one it was.
 
-PLAIN_SEGMENT = r"[A-Za-z0-9._~:@+,=\-]+"
+PLAIN_PATH = r"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9._~:@+,=\-]+)*"      # no dot segment, no slash at its end
 BASE_URL = re.compile(r"(https?)://([A-Za-z0-9](?:[A-Za-z0-9.\-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])"
-                      rf"(?::([0-9]{{1,5}}))?((?:/{PLAIN_SEGMENT})*)/?", re.I)
+                      rf"(?::([0-9]{{1,5}}))?({PLAIN_PATH})/?", re.I)
 HOST_NAME = r"(?i)[a-z0-9](?:[a-z0-9._\-]*[a-z0-9])?|\[[0-9a-f:.]+\]"
 HEADER_NAME = r"[A-Za-z0-9_\-]+"
 LOOPBACK = re.compile(r"localhost|127(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}|\[::1\]")
@@ -1832,16 +1832,16 @@ class Config(NamedTuple):
 
 def a_base_url(value: Any) -> Address:
     match = BASE_URL.fullmatch(value) if isinstance(value, str) else None
-    if match is None or not {".", ".."}.isdisjoint(match[4].split("/")) or ".." in match[2]:
+    if match is None or ".." in match[2]:
         raise ValueError("must be https://host[:port][/path], in ASCII, without user, query, fragment or dot segment")
-    secure, host = match[1].lower() == "https", match[2].lower()
-    port = int(match[3] or (443 if secure else 80))
-    if not 1 <= port <= 65535:
+    secure = match[1].lower() == "https"
+    address = Address(secure, match[2].lower(), int(match[3] or (443 if secure else 80)), match[4])
+    if not 1 <= address.port <= 65535:
         raise ValueError("has a port that is not from 1 to 65535")
-    if not secure and not LOOPBACK.fullmatch(host):
+    if not secure and not address.is_loopback:
         raise ValueError("must be https://: plain http:// would send the key readable over the network, and is accepted to "
                          "a loopback address only")
-    return Address(secure, host, port, match[4])
+    return address
 
 
 def make_rules(entries: Iterable[str], key: str, prefix: str = "") -> Allowlist:
@@ -1875,7 +1875,7 @@ NAMED_PARTS = a_map(NAME, None, "a non-empty object of objects; each has a name,
                     "digit first")
 UPSTREAM_KEYS: KeyTable = {
     "base_url": (REQUIRED, a_base_url),
-    "prefix": ("", a_text(rf"(?:(?:/(?!\.\.?(?:/|$)){PLAIN_SEGMENT})+)?", 'a path such as "/github", no slash at its end')),
+    "prefix": ("", a_text(PLAIN_PATH, 'a path such as "/github", no slash at its end')),
     "allowed_paths": (REQUIRED, SOME_RULES),
     "secret_source": (REQUIRED, a_secret_source),
     "auth_header": ("Authorization", a_text(HEADER_NAME, 'the name of a header, such as "Authorization" or "x-api-key"')),
