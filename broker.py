@@ -3191,11 +3191,8 @@ OWN_CHILDREN, OWN_CHILDREN_LOCK = set[int](), threading.Lock()     # the command
 
 def guard_process() -> list[str]:
     """No memory for other processes of this user, no core file. Returns what could not be had."""
-    try:
+    if os.name == "posix":              # Windows knows no such limits
         import resource
-    except ImportError:
-        pass                            # Windows: it has neither
-    else:
         for limit, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, WANTED_DESCRIPTORS)):
             soft, hard = INHERITED_LIMITS[limit] = resource.getrlimit(limit)
             wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
@@ -3231,13 +3228,11 @@ def stay_on_one_core() -> None:
 
 
 def descriptor_limit() -> int:
-    """How many descriptors the process may have."""
-    try:
-        import resource
-    except ImportError:
+    """How many descriptors the process may have, once it is guarded."""
+    if os.name != "posix":
         return WANTED_DESCRIPTORS
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return WANTED_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    import resource
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def reap_orphans() -> None:
