@@ -3153,7 +3153,6 @@ class State(NamedTuple):
     config: Config
     callers: dict[bytes | None, Caller]
     upstreams: dict[str, Upstream | DryRun]
-    shown_tokens: dict[str, str]        # a dry run's random ones, by the client's name
 
     @property
     def real_upstreams(self) -> list[Upstream]:
@@ -3294,17 +3293,21 @@ def new_token() -> str:
     return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
 
 
+RANDOM_TOKENS: Texts = {}               # a dry run's, by the client's name: a reload keeps them
+
+
 def caller_token(config: Config, client: ClientConfig) -> str | None:
-    """The token that a client's variable holds; None where there is none. Raises ConfigError."""
-    token = take_variable(client.token_env) if client.token_env is not None else None
-    if client.token_env is None or (not token and config.dry_run):
+    """A client's token; None where it needs none. Raises ConfigError."""
+    if client.token_env is None:
         return None
+    token = take_variable(client.token_env)
+    if not token and config.dry_run:
+        return RANDOM_TOKENS.setdefault(client.name, new_token())
     where = f'{config.file}: "{client.key}token_env" names {client.token_env}, '
     if not token:
         raise ConfigError(f'{where}which is not set: export {client.token_env}="$(python broker.py --new-token)" in the shell '
                           "that starts the broker")
-    problem = what_is_wrong(token)
-    if problem:
+    if problem := what_is_wrong(token):
         raise ConfigError(f"{where}whose value {problem}; make one with --new-token")
     HIDDEN.add(client.name, token, in_answers=False)
     return token
@@ -3316,16 +3319,13 @@ class RunAs(NamedTuple):
     token: str
 
 
-def make_callers(config: Config, known: Texts, run_as: RunAs | None) -> tuple[dict[bytes | None, Caller], Texts]:
-    """(the callers by the digest of their tokens, a dry run's random tokens, the known ones kept). Raises ConfigError."""
+def make_callers(config: Config, run_as: RunAs | None) -> dict[bytes | None, Caller]:
+    """The callers by the digest of their tokens. Raises ConfigError."""
     callers: dict[bytes | None, Caller] = {}
-    shown = dict(known)
     for client in config.clients:
         if run_as is not None and client.name != run_as.client:
             continue
         token = run_as.token if run_as is not None else caller_token(config, client)
-        if token is None and client.token_env is not None:
-            token = shown.setdefault(client.name, new_token())
         key = digest(token) if token is not None else None
         if key in callers:
             raise ConfigError(f'{config.file}: "{callers[key].client.key}token_env" and "{client.key}token_env" '
@@ -3334,7 +3334,7 @@ def make_callers(config: Config, known: Texts, run_as: RunAs | None) -> tuple[di
     if not callers and run_as is not None:      # a reload found it taken out
         raise ConfigError(f'{config.file}: "clients" has no {run_as.client}: known are '
                           f'{", ".join(client.name for client in config.clients)}')
-    return callers, shown
+    return callers
 
 
 def make_upstream(config: Config, upstream: UpstreamConfig, callers: dict[bytes | None, Caller]) -> Upstream:
@@ -3348,17 +3348,14 @@ def make_upstream(config: Config, upstream: UpstreamConfig, callers: dict[bytes 
     return Upstream(upstream, SecretCache(upstream.source, callers), find_proxy(upstream.address), config.upstream_timeout)
 
 
-def make_state(config: Config, known: Texts, run_as: RunAs | None) -> State:
-    """All that requests need of a configuration; no secret is resolved yet. `known`: the random tokens shown before.
-
-    Raises ConfigError, SecretUnavailable.
-    """
+def make_state(config: Config, run_as: RunAs | None) -> State:
+    """All that requests need of a configuration; no secret is resolved yet. Raises ConfigError, SecretUnavailable."""
     HIDDEN_VARIABLES.update(client.token_env for client in config.clients if client.token_env is not None)
     HIDDEN_VARIABLES.update(upstream.source.variable for upstream in config.upstreams if upstream.source.variable is not None)
-    callers, shown = make_callers(config, known, run_as)
+    callers = make_callers(config, run_as)
     upstreams = {upstream.name: DryRun(upstream) if config.dry_run else make_upstream(config, upstream, callers)
                  for upstream in config.upstreams}
-    return State(config, callers, upstreams, shown)
+    return State(config, callers, upstreams)
 
 
 def reread_config(old: Config) -> tuple[Config, list[str]]:
@@ -3938,7 +3935,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Returns the keys that wait for a restart. Raises ConfigError, SecretUnavailable, OSError."""
         old = self.state
         config, waits = reread_config(old.config)
-        state = make_state(config, old.shown_tokens, run_as)
+        state = make_state(config, run_as)
         state.resolve_secrets()
         self.load_ledger(config)
         self.state = state
@@ -4134,15 +4131,15 @@ def describe(state: State) -> Iterator[str]:
         if os.environ.get(name) and not config.dry_run and any(upstream.address.secure for upstream in config.upstreams):
             yield f"trust store from the environment: {name}={os.path.abspath(os.environ[name])}"
     for client in config.clients:
-        shown = client.name in state.shown_tokens
+        shown = client.name in RANDOM_TOKENS
         yield from (f"client {client.name}: {line}" for line in describe_client(config, client, shown))
 
 
 def paste_lines(state: State, url: str) -> Iterator[str]:
     """Lines for a shell: the tokens that nobody knows yet, a call, an SDK."""
     for client in state.config.clients:
-        if client.name in state.shown_tokens:
-            yield f"export {client.token_env}={state.shown_tokens[client.name]}"
+        if client.name in RANDOM_TOKENS:
+            yield f"export {client.token_env}={RANDOM_TOKENS[client.name]}"
     client = state.config.clients[0]
     upstream = state.config.upstreams_of(client)[-1]
     yield curl_line(rules_of(client, upstream) or upstream.rules, url + upstream.prefix, client.token_env)
@@ -4170,7 +4167,7 @@ def prepare(config: Config, run_as: RunAs | None) -> tuple[State, list[str]]:
     unguarded = guard_process()
     if not config.dry_run:
         warnings += [*proxy_warnings(config), *unguarded]
-    return make_state(config, {}, run_as), warnings
+    return make_state(config, run_as), warnings
 
 
 def serve_until_stopped(server: Server, signals: Signals) -> int:
