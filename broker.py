@@ -1734,7 +1734,6 @@ BASE_URL = re.compile(r"(https?)://([A-Za-z0-9](?:[A-Za-z0-9.\-]{0,251}[A-Za-z0-
 HOST_NAME = r"(?i)[a-z0-9](?:[a-z0-9._\-]*[a-z0-9])?|\[[0-9a-f:.]+\]"
 HEADER_NAME = r"[A-Za-z0-9_\-]+"
 LOOPBACK = re.compile(r"localhost|127(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}|\[::1\]")
-NAME = r"[A-Za-z0-9][A-Za-z0-9._\-]{0,63}"
 DEFAULT_HOSTS = ["127.0.0.1", "localhost"]
 DEFAULT_NAME, DEFAULT_TOKEN_VARIABLE = "default", "BROKER_CLIENT_TOKEN"
 DEFAULT_CONFIG = "broker_config.json"
@@ -1774,7 +1773,7 @@ class UpstreamConfig(NamedTuple):
     auth_header: str
     auth_scheme: str
     extra_headers: Texts
-    environment: Texts
+    environment: Texts                  # its `{url}` has the prefix behind it already
     own_headers: frozenset[str]         # names that only the broker sets, lower case, `_` read as `-`
 
     def describe_credential(self) -> str:
@@ -1871,8 +1870,8 @@ def a_moment(value: Any) -> datetime:
 
 A_LIMIT = a_number(1, 10 ** 12, whole=True)
 SOME_RULES = a_list(r"(?s).*", 'rules such as "/v1/chat/completions" and "GET /v1/models"')      # looked at with their prefix
-NAMED_PARTS = a_map(NAME, None, "a non-empty object of objects; each has a name, of at most 64 of A-Z a-z 0-9 . _ -, a letter or "
-                    "digit first")
+NAMED_PARTS = a_map(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,63}", None, "a non-empty object of objects; each has a name, of at most 64 of "
+                    "A-Z a-z 0-9 . _ -, a letter or digit first")
 UPSTREAM_KEYS: KeyTable = {
     "base_url": (REQUIRED, a_base_url),
     "prefix": ("", a_text(PLAIN_PATH, 'a path such as "/github", no slash at its end')),
@@ -1967,7 +1966,9 @@ def make_upstream_config(name: str, key: str, values: Json) -> UpstreamConfig:
             raise ValueError(f'"{key}{"extra_headers" if at else "auth_header"}" names {header}, which the broker sets itself, '
                              "or which is there already: leave it out, or name another")
     rules = make_rules(values["allowed_paths"], f"{key}allowed_paths", values["prefix"])
-    return UpstreamConfig._make((name, key, *{**values, "allowed_paths": rules}.values(), frozenset(own)))
+    environment = {name: text.replace("{url}", "{url}" + values["prefix"]) for name, text in values["environment"].items()}
+    values = {**values, "allowed_paths": rules, "environment": environment}
+    return UpstreamConfig._make((name, key, *values.values(), frozenset(own)))
 
 
 def make_client_config(name: str, key: str, values: Json, upstreams: Iterable[UpstreamConfig]) -> ClientConfig:
@@ -2020,13 +2021,11 @@ def check_variables(config: Config) -> None:
         if client.token_env is not None and owners.setdefault(client.token_env, key) != key:
             raise ValueError(f'"{owners[client.token_env]}" and "{key}" name the same variable {client.token_env}: give each '
                              "client a token of its own, see --new-token")
-        values: dict[str, tuple[str, str]] = {}
-        for upstream in config.upstreams_of(client):
-            for name, text in upstream.environment.items():
-                value = text.replace("{url}", "{url}" + upstream.prefix)
-                if values.setdefault(name, (value, upstream.name))[0] != value:
-                    raise ValueError(f'"environment" of upstreams.{values[name][1]} and of upstreams.{upstream.name} give the '
-                                     f"variable {name} two values for the client {client.name}: leave it out of one")
+        for one, other in itertools.combinations(config.upstreams_of(client), 2):
+            for name, text in one.environment.items():
+                if other.environment.get(name, text) != text:
+                    raise ValueError(f'"environment" of upstreams.{one.name} and of upstreams.{other.name} give the variable '
+                                     f"{name} two values for the client {client.name}: leave it out of one")
 
 
 def check_together(config: Config) -> None:
@@ -4045,7 +4044,7 @@ def variables_for(config: Config, client: ClientConfig, url: str, token: str) ->
     """What points a client's SDKs at the broker. Raises ConfigError where one variable would need two values."""
     found: dict[str, tuple[str, UpstreamConfig]] = {}
     upstreams = config.upstreams_of(client)[::-1]
-    set_for_it = {name: text.replace("{url}", url + upstream.prefix).replace("{token}", token)
+    set_for_it = {name: text.replace("{url}", url).replace("{token}", token)
                   for upstream in upstreams for name, text in upstream.environment.items()}
     for upstream in upstreams:
         theirs = client_variables(rules_of(client, upstream), upstream.address.authority, url + upstream.prefix, token)
