@@ -3255,9 +3255,10 @@ def way_to(path: str) -> list[str]:
         found.append(step)
         if os.path.islink(step):
             os.stat(step)               # raises where links lead round in a ring
-            found += way_to(os.path.join(here, os.readlink(step)))
+            # A pipe that a shell hands over as /dev/fd/63 is a link that leads to no place.
+            found += filter(os.path.lexists, way_to(os.path.join(here, os.readlink(step))))
         here = os.path.realpath(step)
-    return list(dict.fromkeys(found))
+    return found
 
 
 def check_files(config: Config) -> list[str]:

@@ -414,6 +414,13 @@ class WrongFile(FilesTestCase):
         self.assertIn(folder, run.stderr)
         self.assertEqual((run.returncode, run.stderr.count("\n")), (2, 1))
 
+    @posix_only
+    def test_that_a_shell_hands_over_as_a_pipe_is_read(self):
+        # `--config <(op inject …)` was told that "the output can't be written: No such file or directory".
+        text = json.dumps(make_config(NOBODY, {"event_log": os.path.join(self.folder(), "events.jsonl")}))
+        run = run_broker("--check", "--dry-run", "--config", "/dev/stdin", stdin=text, timeout=20)
+        self.assertEqual(run.returncode, 0, run.stderr)
+
     def test_whose_text_would_play_with_the_terminal_is_shown_harmless(self):
         run = run_broker(config={"\x1b[31mred\x07": 1}, timeout=20)
         self.assert_wrong(run)
