@@ -3331,9 +3331,6 @@ def make_callers(config: Config, run_as: RunAs | None) -> dict[bytes | None, Cal
             raise ConfigError(f'{config.file}: "{callers[key].client.key}token_env" and "{client.key}token_env" '
                               "hold the same token: give each client one of its own, see --new-token")
         callers[key] = Caller(client, key, config.upstreams_of(client))
-    if not callers and run_as is not None:      # a reload found it taken out
-        raise ConfigError(f'{config.file}: "clients" has no {run_as.client}: known are '
-                          f'{", ".join(client.name for client in config.clients)}')
     return callers
 
 

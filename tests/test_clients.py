@@ -327,6 +327,20 @@ class TheShortForm(BrokerTestCase):
         self.assertNotIn("upstream", broker.wait_event(event="request"))
 
 
+ASKS_ONCE_A_LINE = """
+import os, sys, urllib.error, urllib.request
+
+for line in sys.stdin:
+    headers = {"X-Broker-Token": os.environ["BROKER_CLIENT_TOKEN"]}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(os.environ["BROKER_URL"] + "/v1/models", headers=headers)) as answer:
+            print(answer.status, flush=True)
+    except urllib.error.HTTPError as error:
+        with error:
+            print(error.code, flush=True)
+"""
+
+
 class AtAReload(BrokerTestCase):
     """What SIGHUP takes from one client leaves the others' streams alone."""
 
@@ -362,6 +376,20 @@ class AtAReload(BrokerTestCase):
             self.assertEqual(caller.read_chunk(), b"")
         # The line is written behind the answer's last bytes.
         eventually(lambda: "carol" in {event["client"] for event in broker.events("response")}, what="carol's line")
+
+    def test_a_client_that_is_taken_out_while_a_command_runs_as_it_is_a_stranger_too(self):
+        form = LongForm(None, {"alice": {}, "bob": {}})
+        command = [sys.executable, "-c", ASKS_ONCE_A_LINE]
+        broker = self.broker(self.stub(), args=["--client", "alice"], command=command, stdin=subprocess.PIPE, **form.options)
+        clients = {"bob": broker.config["clients"]["bob"]}
+        for status, config in ((200, {**broker.config, "clients": clients}), (401, broker.config), (200, None)):
+            broker.process.stdin.write(b"\n")
+            broker.process.stdin.flush()
+            broker.wait_stdout(rf"{status}\n\Z", 20)
+            if config is not None:
+                self.assertNotIn("nothing", broker.reload(config))
+        broker.process.stdin.close()
+        self.assertEqual(broker.wait(), 0)
 
     def test_a_client_that_expires_now_is_a_stranger_and_one_that_is_narrowed_is_held_to_it(self):
         stub = self.stub()
