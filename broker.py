@@ -1787,7 +1787,7 @@ class ClientConfig(NamedTuple):
     name: str
     key: str                            # the same: "clients.NAME.", or "client_" for the short form's `client_token_env`
     token_env: str | None
-    upstreams: tuple[str, ...]
+    upstreams: tuple[UpstreamConfig, ...]       # a longer prefix before a shorter one
     rules: Allowlist | None
     models: tuple[str, ...] | None
     requests_per_minute: int | None
@@ -1822,12 +1822,6 @@ class Config(NamedTuple):
     @property
     def has_budgets(self) -> bool:
         return any(client.tokens_per_day is not None for client in self.clients)
-
-    def upstreams_of(self, client: ClientConfig) -> tuple[UpstreamConfig, ...]:
-        """Those that the client may use, a longer prefix before a shorter one."""
-        found = [upstream for upstream in self.upstreams if upstream.name in client.upstreams]
-        return tuple(sorted(found, key=lambda upstream: -len(upstream.prefix)))
-
 
 def a_base_url(value: Any) -> Address:
     match = BASE_URL.fullmatch(value) if isinstance(value, str) else None
@@ -1971,20 +1965,20 @@ def make_upstream_config(name: str, key: str, values: Json) -> UpstreamConfig:
     return UpstreamConfig._make((name, key, *values.values(), frozenset(own)))
 
 
-def make_client_config(name: str, key: str, values: Json, upstreams: Iterable[UpstreamConfig]) -> ClientConfig:
+def make_client_config(name: str, key: str, values: Json, upstreams: tuple[UpstreamConfig, ...]) -> ClientConfig:
     """From the checked values of its keys, in their order. Raises ValueError for a rule that no request could ever match."""
-    known = tuple(upstream.name for upstream in upstreams)
+    known = [upstream.name for upstream in upstreams]
     chosen = values["upstreams"] or known
     if unknown := [each for each in chosen if each not in known]:
         raise ValueError(f'"{key}upstreams" has {json.dumps(unknown[0][:64])}, which "upstreams" has not: known are '
                          f'{", ".join(known)}')
+    theirs = sorted((upstream for upstream in upstreams if upstream.name in chosen), key=lambda upstream: -len(upstream.prefix))
     rules = values["allowed_paths"] and make_rules(values["allowed_paths"], f"{key}allowed_paths")
-    theirs = [rule for upstream in upstreams if upstream.name in chosen for rule in upstream.rules]
     for rule in rules or ():
-        if not any(rule.meets(other) and rule.type == other.type for other in theirs):
+        if not any(rule.meets(other) and rule.type == other.type for upstream in theirs for other in upstream.rules):
             raise ValueError(f'"{key}allowed_paths" has the entry "{rule.text}", which no request could ever match: no rule of '
                              f'{", ".join(chosen)} lets it through; write the path as the caller does, prefix included')
-    return ClientConfig._make((name, key, *{**values, "upstreams": chosen, "allowed_paths": rules}.values()))
+    return ClientConfig._make((name, key, *{**values, "upstreams": tuple(theirs), "allowed_paths": rules}.values()))
 
 
 Part = tuple[str, str, Json]            # of an upstream or client: its name, its `key`, and the checked values of its keys
@@ -2002,14 +1996,14 @@ def checked_parts(named: Json | None, long: str, table: KeyTable, short: Part) -
 def keys_for(raw: Json, dry_run: bool) -> KeyTable:
     """KEYS as the forms of this file need them. Raises ValueError where it mixes the two."""
     table = dict(KEYS)
+    if dry_run:
+        table["client_token_env"] = (DEFAULT_TOKEN_VARIABLE, a_variable_or_null)
     for long, short in (("upstreams", [*SHORT_NAMES.values()]), ("clients", ["client_token_env"])):
         for key in short if long in raw else ():
             if key in raw:
                 raise ValueError(f'"{long}" and "{key}" are both there: keep "{long}" and move "{key}" into it, or keep the '
                                  f'short form and leave out "{long}"')
             table[key] = (None, table[key][1])
-    if dry_run and "clients" not in raw:
-        table["client_token_env"] = (DEFAULT_TOKEN_VARIABLE, a_variable_or_null)
     return table
 
 
@@ -2021,7 +2015,7 @@ def check_variables(config: Config) -> None:
         if client.token_env is not None and owners.setdefault(client.token_env, key) != key:
             raise ValueError(f'"{owners[client.token_env]}" and "{key}" name the same variable {client.token_env}: give each '
                              "client a token of its own, see --new-token")
-        for one, other in itertools.combinations(config.upstreams_of(client), 2):
+        for one, other in itertools.combinations(client.upstreams, 2):
             for name, text in one.environment.items():
                 if other.environment.get(name, text) != text:
                     raise ValueError(f'"environment" of upstreams.{one.name} and of upstreams.{other.name} give the variable '
@@ -2391,17 +2385,16 @@ HEAVY_WORK = threading.Lock()
 
 
 class Caller(NamedTuple):
-    """A client as a request meets it: with the digest of its token (None: no token needed), and what it may use."""
+    """A client as a request meets it: with the digest of its token (None: no token needed)."""
     client: ClientConfig
     digest: bytes | None
-    upstreams: tuple[UpstreamConfig, ...]
 
     @property
     def rules(self) -> list[Rule]:
         """What it may ask for, as it writes it; without a prefix first."""
         if self.client.rules is not None:
             return list(self.client.rules)
-        return [rule for upstream in reversed(self.upstreams) for rule in upstream.rules]
+        return [rule for upstream in reversed(self.client.upstreams) for rule in upstream.rules]
 
 
 class Route(NamedTuple):
@@ -2463,7 +2456,7 @@ def find_route(head: RequestHead, caller: Caller) -> Route:
     wants_websocket = "websocket" in head.words("upgrade")
     methods: set[str] = set()
     for mend in (str, other_reading):           # `str`: as it came
-        for upstream in caller.upstreams:
+        for upstream in caller.client.upstreams:
             if not head.path.startswith(upstream.prefix + "/"):
                 continue
             path, decoded = (mend(whole[len(upstream.prefix):]) for whole in (head.path, head.decoded_path))
@@ -3330,7 +3323,7 @@ def make_callers(config: Config, run_as: RunAs | None) -> dict[bytes | None, Cal
         if key in callers:
             raise ConfigError(f'{config.file}: "{callers[key].client.key}token_env" and "{client.key}token_env" '
                               "hold the same token: give each client one of its own, see --new-token")
-        callers[key] = Caller(client, key, config.upstreams_of(client))
+        callers[key] = Caller(client, key)
     return callers
 
 
@@ -4041,7 +4034,7 @@ def rules_of(client: ClientConfig, upstream: UpstreamConfig) -> list[Rule]:
 def variables_for(config: Config, client: ClientConfig, url: str, token: str) -> Texts:
     """What points a client's SDKs at the broker. Raises ConfigError where one variable would need two values."""
     found: dict[str, tuple[str, UpstreamConfig]] = {}
-    upstreams = config.upstreams_of(client)[::-1]
+    upstreams = client.upstreams[::-1]
     set_for_it = {name: text.replace("{url}", url).replace("{token}", token)
                   for upstream in upstreams for name, text in upstream.environment.items()}
     for upstream in upstreams:
@@ -4102,7 +4095,7 @@ def describe_client(config: Config, client: ClientConfig, is_shown: bool) -> Ite
     yield "caller token: " + ("none: any program on this machine may use the key" if client.token_env is None else
                               "a random one for each run" if is_shown else f"from environment variable {client.token_env}")
     if client.rules is not None or len(client.upstreams) < len(config.upstreams):
-        for rule in Caller(client, None, config.upstreams_of(client)).rules:
+        for rule in Caller(client, None).rules:
             yield f"may ask for {rule.text}"
     if client.models is not None:
         yield f"models: {', '.join(client.models)}"
@@ -4138,7 +4131,7 @@ def paste_lines(state: State, url: str) -> Iterator[str]:
         if client.name in RANDOM_TOKENS:
             yield f"export {client.token_env}={RANDOM_TOKENS[client.name]}"
     client = state.config.clients[0]
-    upstream = state.config.upstreams_of(client)[-1]
+    upstream = client.upstreams[-1]
     yield curl_line(rules_of(client, upstream) or upstream.rules, url + upstream.prefix, client.token_env)
     with contextlib.suppress(ConfigError):
         settings = variables_for(state.config, client, url, f'"${client.token_env}"' if client.token_env else "unused")

@@ -893,7 +893,7 @@ GUARDS = (
     # ------------------------------------------------------------------------------------------------------------------
     # 6. Method, path and query are allowed, and its caller has not asked too often
     Guard("path", "An agent deletes a stored file.",
-          "find_route(head, caller)", "Route(caller.upstreams[0], {JSON_TYPE}, head.path, head.path)",
+          "find_route(head, caller)", "Route(caller.client.upstreams[0], {JSON_TYPE}, head.path, head.path)",
           "test_who_gets_in.Allowlist", curl='curl -s -X DELETE $URL/v1/files/mine -H "$TOKEN"', codes="path_not_allowed"),
     Guard("method", "An agent uses another method on an allowed path.",
           "for method, kind in pairs if method == head.method)", "for method, kind in pairs)",
