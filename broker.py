@@ -1981,16 +1981,10 @@ def make_client_config(name: str, key: str, values: Json, upstreams: tuple[Upstr
     return ClientConfig._make((name, key, *{**values, "upstreams": tuple(theirs), "allowed_paths": rules}.values()))
 
 
-Part = tuple[str, str, Json]            # of an upstream or client: its name, its `key`, and the checked values of its keys
-
-
-def checked_parts(named: Json | None, long: str, table: KeyTable, short: Part) -> Iterator[Part]:
-    """Each upstream or client; without the long form the one that the short form makes."""
-    if named is None:
-        yield short
-    for name, members in (named or {}).items():
-        key = f"{long}.{name}."
-        yield name, key, checked_members(members, table, key)
+def checked_parts(values: Json, long: str, table: KeyTable) -> list[tuple[str, str, Json]]:
+    """(name, `key`, checked values) of each upstream or client of the long form; none of the short form."""
+    return [(name, f"{long}.{name}.", checked_members(members, table, f"{long}.{name}."))
+            for name, members in (values[long] or {}).items()]
 
 
 def keys_for(raw: Json, dry_run: bool) -> KeyTable:
@@ -2049,11 +2043,11 @@ def load_config(file: str, dry_run: bool = False, port: int | None = None) -> Co
             raise InvalidJson("it is not one object: start from broker_config.example.json")
         is_dry_run = dry_run or raw.get("mode") == "dry_run"
         values = checked_members(raw, keys_for(raw, is_dry_run))
-        short = DEFAULT_NAME, "", {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
-        parts = checked_parts(values["upstreams"], "upstreams", UPSTREAM_KEYS, short)
+        short = {key: values.get(SHORT_NAMES.get(key, key), "") for key in UPSTREAM_KEYS}
+        parts = checked_parts(values, "upstreams", UPSTREAM_KEYS) or [(DEFAULT_NAME, "", short)]
         upstreams = tuple(make_upstream_config(*part) for part in parts)
-        short = DEFAULT_NAME, "client_", {**dict.fromkeys(CLIENT_KEYS), "token_env": values["client_token_env"]}
-        parts = checked_parts(values["clients"], "clients", CLIENT_KEYS, short)
+        short = {**dict.fromkeys(CLIENT_KEYS), "token_env": values["client_token_env"]}
+        parts = checked_parts(values, "clients", CLIENT_KEYS) or [(DEFAULT_NAME, "client_", short)]
         clients = tuple(make_client_config(*part, upstreams) for part in parts)
         config = Config(path, {key: values[key] for key in AFTER_RESTART}, values["listen_port"] if port is None else port,
                         is_dry_run, upstreams, clients, frozenset(map(str.lower, values["allowed_hosts"])),
