@@ -3222,16 +3222,14 @@ def descriptor_limit() -> int:
 
 def reap_orphans() -> None:
     """As PID 1 of a container we get everybody's orphans; nobody else would bury them."""
-    while os.getpid() == 1 and hasattr(os, "waitid"):
-        try:
+    with contextlib.suppress(ChildProcessError):
+        while os.getpid() == 1 and hasattr(os, "waitid"):
             # Only looked at: our own children are waited for elsewhere, and soon.
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             with OWN_CHILDREN_LOCK, SECRET_COMMANDS_LOCK:
                 if found is None or found.si_pid in OWN_CHILDREN | SECRET_COMMANDS:
                     return
             os.waitpid(found.si_pid, os.WNOHANG)
-        except ChildProcessError:
-            return
 
 
 def way_to(path: str) -> list[str]:
@@ -3333,7 +3331,7 @@ def make_upstream(config: Config, upstream: UpstreamConfig, callers: dict[bytes 
 
 
 def make_state(config: Config, run_as: RunAs | None) -> State:
-    """All that requests need of a configuration; no secret is resolved yet. Raises ConfigError, SecretUnavailable."""
+    """All that requests need of a configuration; no secret is resolved yet. Raises ConfigError."""
     HIDDEN_VARIABLES.update(client.token_env for client in config.clients if client.token_env is not None)
     HIDDEN_VARIABLES.update(upstream.source.variable for upstream in config.upstreams if upstream.source.variable is not None)
     callers = make_callers(config, run_as)
