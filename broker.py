@@ -293,7 +293,7 @@ class Redactor:
         for form in set().union(*self.secrets.values()):
             self.windows[form.whole[form.before:form.before + WINDOW]].append(form)
         self.forms = [form.whole for forms in self.windows.values() for form in forms]
-        self.longest = max(map(len, self.forms), default=0)
+        self.longest, self.shortest = max(map(len, self.forms), default=0), min(map(len, self.forms), default=0)
         self.beginnings = frozenset(form[:WINDOW] for form in self.forms)
         # What stands in none of them before its end.
         self.outer_bytes = bytes(range(256)).translate(None, b"".join(form[:-1] for form in self.forms))
@@ -332,6 +332,8 @@ class Redactor:
         return b"".join([*pieces, data[done:]])
 
     def text(self, text: str) -> str:
+        if len(text) < self.shortest:
+            return text                 # most of what the log holds
         return self.clean(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
     def open_tail(self, data: bytes) -> int:
@@ -1027,11 +1029,12 @@ def end_secret_commands() -> None:
         time.sleep(COMMAND_LOOK_SECONDS)
 
 
-ADDRESS_OR_WORD = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?P<user>[^\s/?#@\"'`<>]*@)?(?P<host>[A-Za-z0-9.\-]*(?::[0-9]+)?)"
+# Compiled when a command has failed, not at every start.
+ADDRESS_OR_WORD = (
+    r"(?i)(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?P<user>[^\s/?#@\"'`<>]*@)?(?P<host>[A-Za-z0-9.\-]*(?::[0-9]+)?)"
     r"(?P<path>(?:/[A-Za-z0-9._~%+,=:@/\-]*)?)(?P<query>[?#][^\s\"'`<>]*)?"
     r"|(?P<named>(?:key|token|secret|password|passwd|pwd)(?:=|[\"']\s*:\s*)[\"']?)[^\s\"'`<>,;&]+"
-    r"|[A-Za-z0-9!#$%*+\-./@\\^_~]+", re.I)
+    r"|[A-Za-z0-9!#$%*+\-./@\\^_~]+")
 KNOWN_TOKEN = re.compile(r"\b(?:sk|pk|rk)[-_].{8}|\b(?:gh[a-z]_|AKIA|AIza).{8}|eyJ.{8}")
 # A word (`token`, `AzureCliCredential`), an error code (`AADSTS70043`), a number or date (`20261123`, `23T10`), a status.
 PLAIN_PIECE = re.compile(r"[A-Za-z]{0,32}|(?:[A-Z]{1,10}|[A-Z]?[a-z]{1,15})[0-9]{1,7}|[0-9]{1,14}"
@@ -1063,7 +1066,7 @@ def masked(text: str) -> str:
             return (match["scheme"] + ("[masked]@" if match["user"] else "") + host + path
                     + (match["query"][0] + "[masked]" if match["query"] else ""))
         return (match["named"] or "") + "[masked]" if match["named"] or is_token_like(match[0]) else match[0]
-    return ADDRESS_OR_WORD.sub(hide, text)
+    return re.sub(ADDRESS_OR_WORD, hide, text)
 
 
 def first_and_last_words(errors: bytes) -> str:
@@ -3625,9 +3628,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def relay(self, exchange: Exchange, head: RequestHead, answer: Answer) -> None:
         """The answer as it arrives: each piece at once, the secret redacted."""
         lines, piece = answer.end_to_end(), answer.ready()
-        kind = re.search(r"(?im)^content-type:(.*)", lines)
         known = HIDDEN.in_answers
-        reader = exchange.reader = UsageReader(kind[1] if kind else "")
+        reader = exchange.reader = UsageReader(answer.head.fields.get("content-type", ""))
         stream = RedactedStream(known.also(exchange.secret))
         data, whole = stream.feed(piece, answer.done), answer.done
         chunked = not whole and head.is_http_1_1

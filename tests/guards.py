@@ -1050,7 +1050,7 @@ GUARDS = (
           "os.killpg(process.pid, signal.SIGKILL)", "process.kill()",
           "test_secrets.CommandThatMisbehaves.test_by_taking_too_long_is_killed_with_its_children", leaves_a_child_behind),
     Guard("words_of_a_command", "A vault's program shows the key as it fails, and it stays in the terminal.",
-          "return ADDRESS_OR_WORD.sub(hide, text)", "return text",
+          "return re.sub(ADDRESS_OR_WORD, hide, text)", "return text",
           "test_secrets.WordsOfAVault.test_are_shown_without_what_might_be_a_key",
           is_told_by_the_vault(f"echo no access with {VAULTS_KEY} >&2", VAULTS_KEY)),
     # ------------------------------------------------------------------------------------------------------------------
