@@ -3207,14 +3207,6 @@ def give_memory_back() -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def stay_on_one_core() -> None:
-    """For the calling thread and all that it starts. One of them at a time has the interpreter's lock: to pass it on to a
-    thread on another core costs more than most of them do with it."""
-    with contextlib.suppress(AttributeError, OSError):      # Linux has this call
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
-
-
 def descriptor_limit() -> int:
     """How many descriptors the process may have, once it is guarded."""
     if os.name != "posix":
@@ -3862,10 +3854,6 @@ class Server(http.server.ThreadingHTTPServer):
         if bug is not None and not isinstance(bug, OSError):
             report_bug(bug)
 
-    def serve_forever(self, poll_interval: float = LOOK_SECONDS) -> None:
-        stay_on_one_core()
-        super().serve_forever(poll_interval)
-
     def service_actions(self) -> None:
         """Called after each connection as well, so it looks at the clock."""
         if time.monotonic() >= self._next_sweep:
@@ -4212,7 +4200,7 @@ def serve(config: Config, command: list[str], run_as: RunAs | None) -> int:
             state.resolve_secrets()
             server.log.append("start", server.lifecycle)
         signals.raising = False
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(LOOK_SECONDS,), daemon=True).start()
         threading.Thread(target=server.reload_when_asked, args=(signals.reloads, run_as), daemon=True).start()
         if run_as is not None:
             code = run_command(command, server, signals, environment_for(config, run_as, server.url, command[0]))
