@@ -3977,7 +3977,7 @@ class Signals:
     def next(self, seconds: float) -> int | None:
         """The next one, or None after so many seconds."""
         with contextlib.suppress(queue.Empty):
-            return self._arrived.get(timeout=seconds)
+            return self._arrived.get(seconds > 0, seconds)      # with a time-out of 0 CPython 3.9 and 3.10 may wait for ever
         return None
 
 
