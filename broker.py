@@ -1218,12 +1218,14 @@ class SharedRun(Generic[T]):
         except BaseException as error:
             self._error = error.with_traceback(None)
 
-    def start(self) -> None:
-        """Unless one is under way."""
+    def start(self) -> bool:
+        """Unless one is under way; whether none was."""
         with self._lock:
-            if not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
+            if self._thread.is_alive():
+                return False
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+            return True
 
     def result(self, while_waiting: Waiting) -> T:
         """Of the run under way, or else of the last one. It goes on, also if `while_waiting` raises."""
@@ -1260,12 +1262,14 @@ class SecretCache:
         try:
             secret = self._source.resolve()
             self._learn(secret)
-        except SecretUnavailable as failure:
+        except Exception as error:
+            is_ours = isinstance(error, SecretUnavailable)
+            failure = error if is_ours else SecretUnavailable(f"its source fails with {type(error).__name__}")
             self._failed_until = time.monotonic() + FAILURE_SECONDS
             if self._secret is not None and not ENDING.is_set():    # else it is a start that fails, which says it
                 say(f"broker: the secret of {self._source.upstream_name} is not available: {failure}",
                     often=f"secret {self._source.upstream_name}")
-            raise
+            raise failure from None
         with self._lock:
             self._secret, self._fresh_until = secret, time.monotonic() + self._source.cache_seconds
             self._failed_until = -math.inf
@@ -1291,10 +1295,11 @@ class SecretCache:
     def renew(self, used: Secret | None, while_waiting: Waiting) -> Secret | None:
         """For a secret that the upstream rejected: another one if there is one by now, else the same."""
         with self._lock:
+            if self._secret != used:
+                return self._secret             # at once: a run under way is none of its business
             now = time.monotonic()
-            if self._secret == used and now >= self._renewed_at + RENEWAL_SECONDS:
-                self._renewed_at = now
-                self._asking.start()
+            if now >= self._renewed_at + RENEWAL_SECONDS and self._asking.start():
+                self._renewed_at = now          # one that was under way may have begun before the key was changed
         with contextlib.suppress(SecretUnavailable):        # it has been said; the old one stays
             self._asking.result(while_waiting)
         return self._secret
@@ -3977,7 +3982,8 @@ class Signals:
     def next(self, seconds: float) -> int | None:
         """The next one, or None after so many seconds."""
         with contextlib.suppress(queue.Empty):
-            return self._arrived.get(seconds > 0, seconds)      # with a time-out of 0 CPython 3.9 and 3.10 may wait for ever
+            return self._arrived.get_nowait()
+        time.sleep(seconds)             # not in `get`: up to CPython 3.11 a signal may make it forget its time-out
         return None
 
 
@@ -4173,9 +4179,11 @@ def run_command(command: list[str], server: Server, signals: Signals, environmen
         return 127 if isinstance(error, FileNotFoundError) else 126
 
     def pass_on() -> None:
-        # The others come from the terminal, which sends them to the command as well.
-        if signals.next(0) in (signal.SIGTERM, signals.HANG_UP):
-            process.terminate()
+        while (number := signals.next(0)) is not None:
+            # The others come from the terminal, which sends them to the command as well.
+            if number in (signal.SIGTERM, signals.HANG_UP):
+                with contextlib.suppress(OSError):      # of another user by now (sudo)
+                    process.terminate()
     ending = SharedRun(process.wait)
     ending.start()
     code = ending.result(pass_on)
