@@ -836,6 +836,30 @@ class SecretThatWasRotated(SecretsTestCase):
         self.assertEqual(vault.runs, 2)
         self.assertEqual(sorted(keys_seen(stub)), sorted([vault.value] * 10 + [new] * 10))
 
+    def test_serves_a_late_refusal_at_once_while_the_vault_makes_others_wait(self):
+        vault, refuse, new = self.vault(), threading.Event(), canary()
+
+        def handler(conn, request):
+            if request.header("Authorization") != "Bearer " + new:
+                conn.hold(refuse)
+            keyring(new)(conn, request)
+
+        stub = self.stub(handler)
+        broker = self.vault_broker(stub, vault, cache_seconds=0)
+        with broker.connect() as late, broker.connect() as waiting:
+            late.send(broker.post_bytes(CHAT, {"model": "m"}))
+            stub.wait_for_requests(1)
+            vault.show(new)
+            broker.also_secret(new)
+            self.assert_lets_through(broker)
+            vault.lock()
+            waiting.send(broker.post_bytes(CHAT, {"model": "m"}))
+            eventually(lambda: vault.runs == 4)
+            refuse.set()
+            self.assertEqual(late.read_answer().status, 200)
+            vault.unlock()
+            self.assertEqual(waiting.read_answer().status, 200)
+
     def test_and_is_rejected_again_is_given_up(self):
         stub, vault = self.stub(keyring()), self.vault()
         broker = self.vault_broker(stub, vault)
